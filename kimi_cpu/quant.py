@@ -1,0 +1,89 @@
+"""Number formats of the checkpoint, defined in NumPy: bf16 and INT4 groups of 32.
+
+INT4 is compressed-tensors' `pack-quantized`, symmetric, group size 32 along the input
+dimension. Read as little-endian bytes, byte b of a row holds element 2b in its low nibble and
+2b + 1 in its high nibble; a nibble stores q + 8 with q in [-8, 7]; w = q * scale[row, col // 32].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+GROUP_SIZE = 32
+
+F32 = npt.NDArray[np.float32]
+U16 = npt.NDArray[np.uint16]
+U8 = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True)
+class Int4Weight:
+    """A linear layer's weight in the published INT4 format, usually views on a mapped file.
+
+    Attributes:
+        packed: uint8 [out_features, in_features / 2], two nibbles a byte.
+        scale: bf16 bits as uint16 [out_features, in_features / 32].
+    """
+
+    packed: U8
+    scale: U16
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.packed.shape[0], self.packed.shape[1] * 2
+
+    @property
+    def nbytes(self) -> int:
+        return self.packed.nbytes + self.scale.nbytes
+
+
+#: A linear weight [out_features, in_features]: bf16 bits (uint16), float32, or INT4.
+Weight = U16 | F32 | Int4Weight
+
+
+def bf16_to_f32(bits: U16) -> F32:
+    """bf16 bits (uint16) -> float32, exact, any shape."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def f32_to_bf16(x: F32) -> U16:
+    """float32 -> bf16 bits (uint16), round to nearest even, any shape; NaN stays NaN."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), rounded).astype(np.uint16)
+
+
+def as_f32(tensor: U16 | F32) -> F32:
+    """A bf16 (uint16 bits) or float32 tensor as float32."""
+    return bf16_to_f32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32, copy=False)
+
+
+def quantize_int4(w: F32) -> Int4Weight:
+    """Round float32 [out, in] (in a multiple of 32) to INT4 groups, scale = max |w| / 7."""
+    out_features, in_features = w.shape
+    groups = w.reshape(out_features, in_features // GROUP_SIZE, GROUP_SIZE)
+    scale = f32_to_bf16(np.abs(groups).max(axis=2) / 7.0)
+    divisor = bf16_to_f32(scale)[:, :, None]
+    q = np.rint(np.divide(groups, divisor, out=np.zeros_like(groups), where=divisor > 0))
+    nibbles = (np.clip(q, -8, 7) + 8).astype(np.uint8).reshape(out_features, in_features)
+    return Int4Weight(packed=nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale=scale)
+
+
+def unpack_int4(packed: U8) -> npt.NDArray[np.int8]:
+    """uint8 [out, in / 2] -> int8 [out, in] with values in [-8, 7]."""
+    q = np.empty((packed.shape[0], packed.shape[1] * 2), dtype=np.int8)
+    q[:, 0::2] = (packed & 15).astype(np.int8) - 8
+    q[:, 1::2] = (packed >> 4).astype(np.int8) - 8
+    return q
+
+
+def dequantize(weight: Weight) -> F32:
+    """Any weight as float32 [out, in]."""
+    if isinstance(weight, Int4Weight):
+        scale = np.repeat(bf16_to_f32(weight.scale), GROUP_SIZE, axis=1)
+        return unpack_int4(weight.packed).astype(np.float32) * scale
+    return as_f32(weight)
