@@ -1,0 +1,100 @@
+"""What both kernel implementations share: the quantised activation and the table of experts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kimi_cpu.quant import F32, Int4Weight, Weight
+
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+
+#: "exact": float32 activations. "fast": int8 activations in groups of 32 for INT4 weights.
+Precision = Literal["exact", "fast"]
+
+#: gate, up and down projection of one expert: [I, D], [I, D], [D, I].
+Expert = tuple[Weight, Weight, Weight]
+
+
+@dataclass(frozen=True)
+class Q8:
+    """Activations quantised to int8 in groups of 32 along the last axis.
+
+    Attributes:
+        q: int8 [T, D], values in [-127, 127].
+        scale: float32 [T, D / 32]; x is about q * scale.
+    """
+
+    q: npt.NDArray[np.int8]
+    scale: F32
+
+
+#: How a weight is stored, as the compiled kernels see it.
+KIND_F32, KIND_BF16, KIND_INT4 = 0, 1, 2
+
+
+def weight_kind(w: Weight) -> int:
+    """KIND_INT4, KIND_BF16 or KIND_F32; TypeError for anything else."""
+    if isinstance(w, Int4Weight):
+        return KIND_INT4
+    if w.dtype == np.uint16:
+        return KIND_BF16
+    if w.dtype == np.float32:
+        return KIND_F32
+    raise TypeError(f"a weight must be INT4, bf16 bits (uint16) or float32, not {w.dtype}")
+
+
+def address(array: npt.NDArray[np.generic]) -> int:
+    """Address of the first element; the caller keeps the array alive and C-contiguous."""
+    return int(array.__array_interface__["data"][0])
+
+
+def weight_addresses(w: Weight) -> tuple[int, int]:
+    """(address of the values, address of the scales or 0); ValueError unless C-contiguous."""
+    if isinstance(w, Int4Weight):
+        if not (w.packed.flags.c_contiguous and w.scale.flags.c_contiguous):
+            raise ValueError("an INT4 weight must be C-contiguous")
+        return address(w.packed), address(w.scale)
+    if not w.flags.c_contiguous:
+        raise ValueError("a weight must be C-contiguous")
+    return address(w), 0
+
+
+class ExpertTable:
+    """The routed experts of one layer, each loaded (and validated) when first chosen.
+
+    Keeps what compiled code needs, the addresses and kinds of every loaded projection, and the
+    Python references that keep the memory behind them alive.
+    """
+
+    def __init__(self, load: Callable[[int], Expert], n_experts: int) -> None:
+        """`load(e)` returns the validated gate, up and down weights of expert e."""
+        self._load = load
+        self._experts: list[Expert | None] = [None] * n_experts
+        #: int64 [E, 6]: value and scale addresses of gate, up and down; 0 before the first use.
+        self.addresses: I64 = np.zeros((n_experts, 6), dtype=np.int64)
+        #: KIND_* shared by the expert's three projections, -1 if they differ, -2 if not loaded.
+        self.kinds: I32 = np.full(n_experts, -2, dtype=np.int32)
+
+    def __len__(self) -> int:
+        return len(self._experts)
+
+    def __getitem__(self, e: int) -> Expert:
+        expert = self._experts[e]
+        return expert if expert is not None else self._first_use(e)
+
+    def _first_use(self, e: int) -> Expert:
+        gate, up, down = self._load(e)
+        if gate.shape != up.shape or gate.shape != down.shape[::-1]:
+            raise ValueError(f"expert {e}: shapes {gate.shape}, {up.shape}, {down.shape}")
+        row = [*weight_addresses(gate), *weight_addresses(up), *weight_addresses(down)]
+        self.addresses[e] = row
+        kinds = {weight_kind(gate), weight_kind(up), weight_kind(down)}
+        self.kinds[e] = kinds.pop() if len(kinds) == 1 else -1
+        self._experts[e] = (gate, up, down)
+        return gate, up, down

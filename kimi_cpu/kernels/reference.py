@@ -1,0 +1,190 @@
+"""Every operation of the model in plain NumPy: short, slow, and the definition that counts.
+
+Shape letters: T tokens, D in-features, O out-features, H heads, E experts, K chosen experts,
+I expert width, R latent rank, N / P / V the nope, rope and value widths of a head, S cache rows.
+All arrays are float32 unless noted; bf16 tensors are uint16 bits.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kimi_cpu.kernels.common import I32, Q8, ExpertTable, Precision
+from kimi_cpu.quant import F32, GROUP_SIZE, U16, Int4Weight, Weight, as_f32, dequantize
+
+
+def linear(x: F32, w: Weight, threads: int = 1) -> F32:
+    """x [T, D] times w [O, D] transposed -> [T, O], float32 activations whatever w is."""
+    return x @ dequantize(w).T
+
+
+def quantize_activations(x: F32) -> Q8:
+    """x [T, D] (D a multiple of 32) -> int8 groups of 32, scale = max |x| / 127, ties to even."""
+    groups = x.reshape(x.shape[0], x.shape[1] // GROUP_SIZE, GROUP_SIZE)
+    largest = np.abs(groups).max(axis=2)
+    inverse = np.divide(np.float32(127), largest, out=np.zeros_like(largest), where=largest > 0)
+    q = np.rint(groups * inverse[:, :, None]).astype(np.int8)
+    return Q8(q.reshape(x.shape), largest * np.float32(1 / 127))
+
+
+def linear_q8(xq: Q8, w: Int4Weight, threads: int = 1) -> F32:
+    """Quantised activations [T, D] times INT4 w [O, D] transposed -> [T, O].
+
+    Integer products are summed exactly inside a group, then scaled and added in float32.
+    """
+    return (xq.q * np.repeat(xq.scale, GROUP_SIZE, axis=1)) @ dequantize(w).T
+
+
+def silu_mul(gate: F32, up: F32) -> F32:
+    """silu(gate) * up, silu(z) = z / (1 + exp(-z)); both [T, I]."""
+    with np.errstate(over="ignore"):  # exp(-z) = inf gives the right limit, 0
+        return gate / (1 + np.exp(-gate)) * up
+
+
+def _project(x: F32, w: Weight, precision: Precision) -> F32:
+    if precision == "fast" and isinstance(w, Int4Weight):
+        return linear_q8(quantize_activations(x), w)
+    return linear(x, w)
+
+
+def moe(
+    x: F32, experts: ExpertTable, ids: I32, weights: F32, precision: Precision, threads: int = 1
+) -> F32:
+    """The routed experts: x [T, D], ids int32 [T, K], weights [T, K] -> [T, D].
+
+    Row t is the sum, in slot order k = 0 .. K-1, of
+    weights[t, k] * down(silu(gate x_t) * up x_t) of expert ids[t, k].
+    Only chosen experts are touched. INT4 projections of "fast" precision see int8 activations.
+    """
+    slots = np.empty((*ids.shape, x.shape[1]), dtype=np.float32)
+    for e in np.unique(ids):
+        gate, up, down = experts[int(e)]
+        tokens, slot = np.nonzero(ids == e)
+        hidden = silu_mul(_project(x[tokens], gate, precision), _project(x[tokens], up, precision))
+        slots[tokens, slot] = _project(hidden, down, precision)
+    out = np.zeros_like(x)
+    for k in range(ids.shape[1]):
+        out += weights[:, k, None] * slots[:, k]
+    return out
+
+
+def route(
+    logits: F32,
+    bias: F32,
+    n_group: int,
+    topk_group: int,
+    top_k: int,
+    norm_topk_prob: bool,
+    routed_scaling_factor: float,
+) -> tuple[I32, F32]:
+    """Choose experts: logits [T, E], bias [E] -> ids int32 [T, K], weights [T, K].
+
+    s = sigmoid(logits). s + bias chooses: first the best `topk_group` of `n_group` groups by the
+    sum of their two best experts, then the best `top_k` experts inside them, best first, the
+    lower index first among equals. The weights are s alone, divided by their sum (+ 1e-20) if
+    `norm_topk_prob`, times `routed_scaling_factor`.
+    """
+    n_tokens, n_experts = logits.shape
+    with np.errstate(over="ignore"):
+        score = (1 / (1 + np.exp(-logits))).astype(np.float32)
+    choice = score + bias
+    if topk_group < n_group:
+        grouped = choice.reshape(n_tokens, n_group, n_experts // n_group)
+        group_score = np.sort(grouped, axis=2)[:, :, -2:].sum(axis=2)
+        order = np.argsort(-group_score, axis=1, kind="stable")
+        masked = np.full_like(grouped, -np.inf)
+        rows = np.arange(n_tokens)[:, None]
+        masked[rows, order[:, :topk_group]] = grouped[rows, order[:, :topk_group]]
+        choice = masked.reshape(n_tokens, n_experts)
+    ids = np.argsort(-choice, axis=1, kind="stable")[:, :top_k]
+    weights = np.take_along_axis(score, ids, axis=1)
+    if norm_topk_prob:
+        weights = weights / (weights.sum(axis=1, keepdims=True) + np.float32(1e-20))
+    return ids.astype(np.int32), weights * np.float32(routed_scaling_factor)
+
+
+def rmsnorm(x: F32, w: U16 | F32, eps: float) -> F32:
+    """x / sqrt(mean(x^2) + eps) * w over the last axis; x [T, D], w [D]."""
+    variance = np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True)
+    return (x / np.sqrt(variance + eps)).astype(np.float32) * as_f32(w)
+
+
+def rope(x: F32, cos: F32, sin: F32) -> F32:
+    """Rotate the interleaved pairs (2i, 2i + 1) of x [T, H, P] by angles of cos, sin [T, P / 2].
+
+    The output stays interleaved; scores do not depend on the order as queries and keys agree.
+    """
+    even, odd = x[:, :, 0::2], x[:, :, 1::2]
+    c, s = cos[:, None, :], sin[:, None, :]
+    out = np.empty_like(x)
+    out[:, :, 0::2] = even * c - odd * s
+    out[:, :, 1::2] = even * s + odd * c
+    return out
+
+
+def absorb_q(q_nope: F32, w_kv_b: Weight, threads: int = 1) -> F32:
+    """Queries into latent space: q_nope [T, H, N], w_kv_b [H * (N + V), R] -> [T, H, R].
+
+    Head h's rows of w_kv_b are N key rows (W_UK) and then V value rows (W_UV);
+    the result is q_nope . W_UK, so that (q_lat . c_kv) equals (q_nope . k_nope).
+    """
+    n_heads, n = q_nope.shape[1:]
+    w = dequantize(w_kv_b)
+    w_uk = w.reshape(n_heads, -1, w.shape[1])[:, :n]
+    return np.ascontiguousarray(np.einsum("thn,hnr->thr", q_nope, w_uk, optimize=True))
+
+
+def absorb_v(o_lat: F32, w_kv_b: Weight, v_head_dim: int, threads: int = 1) -> F32:
+    """Latent outputs to values: o_lat [T, H, R], w_kv_b [H * (N + V), R] -> [T, H, V]."""
+    w = dequantize(w_kv_b)
+    w_uv = w.reshape(o_lat.shape[1], -1, w.shape[1])[:, -v_head_dim:]
+    return np.ascontiguousarray(np.einsum("thr,hvr->thv", o_lat, w_uv, optimize=True))
+
+
+def _causal_softmax(scores: F32, start: int) -> F32:
+    """Softmax over the last axis of scores [T, H, S]; query t sees rows 0 .. start + t."""
+    n_tokens, _, n_rows = scores.shape
+    visible = np.arange(n_rows)[None, :] <= start + np.arange(n_tokens)[:, None]
+    scores = np.where(visible[:, None, :], scores, np.float32(-np.inf))
+    p = np.exp(scores - scores.max(axis=2, keepdims=True))
+    return p / p.sum(axis=2, keepdims=True)
+
+
+def mla_decode(
+    q_lat: F32,
+    q_pe: F32,
+    c_kv: F32 | U16,
+    k_pe: F32 | U16,
+    start: int,
+    scale: float,
+    threads: int = 1,
+) -> F32:
+    """Attention in latent space: q_lat [T, H, R], q_pe [T, H, P] -> o_lat [T, H, R].
+
+    c_kv [S, R] and k_pe [S, P] are the cache (float32 or bf16 bits), S >= start + T; query t
+    attends to rows 0 .. start + t: softmax((q_lat . c_kv + q_pe . k_pe) * scale) . c_kv.
+    """
+    c = as_f32(c_kv)
+    scores = (q_lat @ c.T + q_pe @ as_f32(k_pe).T) * np.float32(scale)
+    return _causal_softmax(scores, start) @ c
+
+
+def mla_prefill(
+    q_nope: F32,
+    q_pe: F32,
+    kv: F32,
+    k_pe: F32 | U16,
+    start: int,
+    scale: float,
+    threads: int = 1,
+) -> F32:
+    """Attention with per-head keys: q_nope [T, H, N], q_pe [T, H, P] -> [T, H, V].
+
+    kv [S, H, N + V] is kv_b(c_kv) of the rows 0 .. S-1, k_pe [S, P] their rotated shared keys;
+    query t attends to rows 0 .. start + t.
+    """
+    n = q_nope.shape[2]
+    scores = np.einsum("thn,shn->ths", q_nope, kv[:, :, :n], optimize=True)
+    scores = (scores + q_pe @ as_f32(k_pe).T) * np.float32(scale)
+    p = _causal_softmax(scores, start)
+    return np.ascontiguousarray(np.einsum("ths,shv->thv", p, kv[:, :, n:], optimize=True))
