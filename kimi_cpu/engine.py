@@ -1,0 +1,285 @@
+"""Engine = a loaded model; Session = one timeline of token ids on it.
+
+Token ids only: text, messages and sampling live above. One engine serves any number of sessions;
+a session belongs to one thread at a time.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Literal, Self
+
+import numpy as np
+
+from kimi_cpu import hardware
+from kimi_cpu.config import ModelConfig
+from kimi_cpu.errors import ContextError, UsageError
+from kimi_cpu.kernels.common import Precision
+from kimi_cpu.kv_cache import CacheSnapshot
+from kimi_cpu.model import Ids, Model
+from kimi_cpu.quant import F32
+from kimi_cpu.store.checkpoint import Checkpoint
+
+#: Tokens of a prompt computed at once: bounds the memory of a pass and the wait of a Ctrl-C.
+PREFILL_CHUNK = 512
+
+#: Which implementation of the kernels computes.
+Backend = Literal["simd", "reference"]
+
+#: Called with (tokens done, tokens in all) while a prompt is computed.
+Progress = Callable[[int, int], None]
+
+
+class Engine:
+    """A checkpoint ready to compute. Make one with `Engine.load`.
+
+    Attributes:
+        config: the model's shape.
+        precision: "fast" or "exact".
+        threads: threads used by the kernels.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, model: Model) -> None:
+        self._checkpoint = checkpoint
+        self._model = model
+        self.config: ModelConfig = checkpoint.config
+        self.precision: Precision = model.precision
+        self.threads = model.threads
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        *,
+        precision: Precision = "fast",
+        threads: int | None = None,
+        backend: Backend = "simd",
+    ) -> Self:
+        """Open a Hugging Face folder; weights stay on disk until they are touched.
+
+        Args:
+            path: folder with `config.json` and safetensors.
+            precision: "fast" (INT4 experts see int8 activations) or "exact" (float32 activations).
+            threads: 1 or more; the default is the number of physical cores that this process may
+                use. The numbers computed do not depend on it.
+            backend: "simd", or "reference" for plain NumPy, which is slow and is the definition.
+
+        Raises:
+            UsageError: an argument is out of range.
+            ConfigError, CheckpointError: the folder is not a checkpoint that can be run.
+        """
+        if precision not in ("fast", "exact"):
+            raise UsageError(f"unknown precision {precision!r}", 'use "fast" or "exact"')
+        if backend not in ("simd", "reference"):
+            raise UsageError(f"unknown backend {backend!r}", 'use "simd" or "reference"')
+        if threads is not None and threads < 1:
+            raise UsageError(f"{threads} threads make no sense", "use 1 or more")
+        checkpoint = Checkpoint.open(path)
+        model = Model(
+            checkpoint, _kernels(backend), precision, threads or hardware.default_threads()
+        )
+        return cls(checkpoint, model)
+
+    def session(self) -> Session:
+        """A new, empty timeline."""
+        return Session(self._model)
+
+    def score(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
+        """Logits at every position of `ids`, from a timeline of its own.
+
+        Args:
+            ids: T >= 1 token ids.
+            progress: told how far the work is.
+
+        Returns:
+            float32 [T, vocab_size]; row t predicts the token after ids[: t + 1].
+
+        Raises:
+            ContextError: no ids, an id outside the vocabulary, or too many for the context.
+        """
+        tokens = _checked(self.config, ids)
+        if not len(tokens):
+            raise ContextError("there are no tokens to score", "pass at least one token id")
+        cache = self._model.new_cache()
+        logits = np.empty((len(tokens), self.config.vocab_size), dtype=np.float32)
+        for begin in range(0, len(tokens), PREFILL_CHUNK):
+            chunk = tokens[begin : begin + PREFILL_CHUNK]
+            logits[begin : begin + len(chunk)] = self._model.forward(chunk, cache, all_logits=True)
+            if progress is not None:
+                progress(begin + len(chunk), len(tokens))
+        return logits
+
+    def close(self) -> None:
+        """Release the mapped files; sessions of this engine must not be used afterwards."""
+        self._checkpoint.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class SessionSnapshot:
+    """A session's state at one moment: its tokens, latents and last logits."""
+
+    tokens: tuple[int, ...]
+    cache: CacheSnapshot
+    logits: F32 | None
+
+
+class Session:
+    """One timeline: the tokens computed so far, and what the model says comes next."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._cache = model.new_cache()
+        self._tokens: list[int] = []
+        self._logits: F32 | None = None  # of the last token; None after a rewind
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The timeline."""
+        return tuple(self._tokens)
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    @property
+    def remaining(self) -> int:
+        """How many more tokens the context can take."""
+        return self._model.config.max_position_embeddings - len(self._tokens)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes allocated for latents now."""
+        return self._cache.nbytes
+
+    def common_prefix(self, ids: Iterable[int]) -> int:
+        """How many tokens of `ids` a `sync` would find already computed."""
+        count = 0
+        for ours, theirs in zip(self._tokens, ids, strict=False):
+            if ours != theirs:
+                break
+            count += 1
+        return count
+
+    def sync(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
+        """Make the timeline equal to `ids`, reusing the longest common prefix.
+
+        Args:
+            ids: the whole timeline, at least one token.
+            progress: told (done, all) of the tokens that must be computed, chunk by chunk.
+
+        Returns:
+            float32 [vocab_size], the logits after the last token. A copy is not made: do not
+            write to it.
+
+        Raises:
+            ContextError: no ids, an id outside the vocabulary, or too many for the context; the
+                timeline is unchanged. When interrupted (Ctrl-C), the timeline keeps the chunks
+                that were completed, so that a second `sync` continues there.
+        """
+        tokens = _checked(self._model.config, ids)
+        if not len(tokens):
+            raise ContextError("there are no tokens to compute", "pass at least one token id")
+        if len(tokens) > self._model.config.max_position_embeddings:
+            # Refused here, before the rewind below could lose anything.
+            raise ContextError(
+                f"{len(tokens):,} tokens do not fit the model's context of "
+                f"{self._model.config.max_position_embeddings:,}",
+                "shorten the prompt or start a new conversation",
+            )
+        keep = self.common_prefix(tokens.tolist())
+        if keep == len(tokens) and (keep < len(self._tokens) or self._logits is None):
+            keep -= 1  # its latents are known but its logits are not: compute the last one again
+        self._truncate(keep)
+        todo = tokens[keep:]
+        for begin in range(0, len(todo), PREFILL_CHUNK):
+            self._append(todo[begin : begin + PREFILL_CHUNK])
+            if progress is not None:
+                progress(min(begin + PREFILL_CHUNK, len(todo)), len(todo))
+        assert self._logits is not None
+        return self._logits
+
+    def step(self, token: int) -> F32:
+        """Append one token; float32 [vocab_size] logits after it (do not write to them).
+
+        Raises:
+            ContextError: the id lies outside the vocabulary, or the context is full.
+        """
+        self._append(_checked(self._model.config, (token,)))
+        assert self._logits is not None
+        return self._logits
+
+    def rewind(self, n: int) -> None:
+        """Take back the last `n` tokens.
+
+        Raises:
+            ContextError: `n` is negative or more than there are.
+        """
+        if not 0 <= n <= len(self._tokens):
+            raise ContextError(
+                f"cannot take back {n} of {len(self._tokens)} tokens",
+                "rewind by 0 up to the session's length",
+            )
+        self._truncate(len(self._tokens) - n)
+
+    def snapshot(self) -> SessionSnapshot:
+        """Copy the state; `restore` brings it back on any session of the same engine."""
+        logits = None if self._logits is None else self._logits.copy()
+        return SessionSnapshot(tuple(self._tokens), self._cache.snapshot(), logits)
+
+    def restore(self, snapshot: SessionSnapshot) -> None:
+        """Become what `snapshot` was."""
+        self._cache.restore(snapshot.cache)
+        self._tokens = list(snapshot.tokens)
+        self._logits = snapshot.logits
+
+    def _append(self, ids: Ids) -> None:
+        # A Ctrl-C may come at any of these lines: the cache may then be ahead of the tokens (cut
+        # here), and logits that are not of the last token must not survive.
+        self._cache.truncate(len(self._tokens))
+        self._logits = None
+        logits = self._model.forward(ids, self._cache)
+        self._tokens.extend(ids.tolist())
+        self._logits = logits[0]
+
+    def _truncate(self, length: int) -> None:
+        if length < len(self._tokens):
+            self._logits = None
+            del self._tokens[length:]
+            self._cache.truncate(length)
+
+
+def _kernels(backend: Backend) -> ModuleType:
+    if backend == "reference":
+        from kimi_cpu.kernels import reference
+
+        return reference
+    from kimi_cpu.kernels import fast  # imports numba
+
+    return fast
+
+
+def _checked(config: ModelConfig, ids: Iterable[int]) -> Ids:
+    """Token ids as int64 [T]; these numbers index weights in native code, so none may lie."""
+    tokens = [operator.index(token) for token in ids]
+    for position, token in enumerate(tokens):
+        if not 0 <= token < config.vocab_size:
+            raise ContextError(
+                f"token id {token} at position {position} is outside the vocabulary of "
+                f"{config.vocab_size:,}",
+                "the tokenizer and the weights do not belong together",
+            )
+    return np.array(tokens, dtype=np.int64)

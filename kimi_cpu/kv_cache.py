@@ -1,0 +1,134 @@
+"""The latent cache of MLA: kv_lora_rank + qk_rope_head_dim numbers a token and layer.
+
+Never per-head keys and values: for Kimi K2 that is 576 numbers instead of 20,480. `c_kv` is
+stored after its norm and `k_pe` after its rotation, so a cached row is never touched again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from kimi_cpu.config import ModelConfig
+from kimi_cpu.errors import ContextError
+from kimi_cpu.quant import F32, U16, f32_to_bf16
+
+_FIRST_CAPACITY = 256
+
+
+@dataclass(frozen=True)
+class CacheSnapshot:
+    """A copy of the first `length` rows: c_kv [L, length, R] and k_pe [L, length, P]."""
+
+    length: int
+    c_kv: U16 | F32
+    k_pe: U16 | F32
+
+    @property
+    def nbytes(self) -> int:
+        return self.c_kv.nbytes + self.k_pe.nbytes
+
+
+class LatentCache:
+    """Latents of one timeline, for all layers; grows by doubling up to the model's context.
+
+    Args:
+        config: the model's shape.
+        dtype: `np.float32` (exact) or `np.uint16` (bf16 bits, half the memory traffic).
+
+    Rows up to `length` are valid. A forward pass writes the rows of its tokens layer by layer
+    and calls `advance` once all layers are done, so an interrupted pass leaves no trace.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: type[np.float32] | type[np.uint16]) -> None:
+        self.length = 0
+        self._max_length = config.max_position_embeddings
+        layers, rank, rope = (
+            config.num_hidden_layers,
+            config.kv_lora_rank,
+            config.qk_rope_head_dim,
+        )
+        self._c_kv: U16 | F32 = np.zeros((layers, 0, rank), dtype=dtype)
+        self._k_pe: U16 | F32 = np.zeros((layers, 0, rope), dtype=dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes allocated now."""
+        return self._c_kv.nbytes + self._k_pe.nbytes
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more rows.
+
+        Raises:
+            ContextError: the model's context or this machine's memory is too small for them.
+        """
+        needed = self.length + tokens
+        if needed > self._max_length:
+            raise ContextError(
+                f"{needed:,} tokens do not fit the model's context of {self._max_length:,}",
+                "start a new conversation, shorten the prompt or lower --max-tokens",
+            )
+        capacity = self._c_kv.shape[1]
+        if needed <= capacity:
+            return
+        capacity = min(max(2 * capacity, needed, _FIRST_CAPACITY), self._max_length)
+        try:
+            self._c_kv = self._grown(self._c_kv, capacity)
+            self._k_pe = self._grown(self._k_pe, capacity)
+        except MemoryError as error:
+            raise ContextError(
+                f"no memory for a latent cache of {capacity:,} tokens",
+                "start a new conversation or close other programs",
+            ) from error
+
+    def _grown(self, old: U16 | F32, capacity: int) -> U16 | F32:
+        new = np.empty((old.shape[0], capacity, old.shape[2]), dtype=old.dtype)
+        new[:, : self.length] = old[:, : self.length]
+        return new
+
+    def write(self, layer: int, c_kv: F32, k_pe: F32) -> tuple[U16 | F32, U16 | F32]:
+        """Store a layer's rows for the tokens now computed.
+
+        Args:
+            layer: layer index.
+            c_kv: float32 [T, R], normalised latents.
+            k_pe: float32 [T, P], rotated shared keys.
+
+        Returns:
+            Views of all rows of this layer including the new ones: [length + T, R] and
+            [length + T, P], in the cache's dtype.
+        """
+        end = self.length + c_kv.shape[0]
+        if self._c_kv.dtype == np.uint16:
+            self._c_kv[layer, self.length : end] = f32_to_bf16(c_kv)
+            self._k_pe[layer, self.length : end] = f32_to_bf16(k_pe)
+        else:
+            self._c_kv[layer, self.length : end] = c_kv
+            self._k_pe[layer, self.length : end] = k_pe
+        return self._c_kv[layer, :end], self._k_pe[layer, :end]
+
+    def advance(self, tokens: int) -> None:
+        """The rows of `tokens` more tokens are now complete in every layer."""
+        self.length += tokens
+
+    def truncate(self, length: int) -> None:
+        """Forget all rows from `length` on."""
+        assert 0 <= length <= self.length
+        self.length = length
+
+    def snapshot(self) -> CacheSnapshot:
+        """Copy the valid rows."""
+        return CacheSnapshot(
+            self.length,
+            self._c_kv[:, : self.length].copy(),
+            self._k_pe[:, : self.length].copy(),
+        )
+
+    def restore(self, snapshot: CacheSnapshot) -> None:
+        """Become what `snapshot` was, whatever happened since."""
+        self.length = 0
+        self.reserve(snapshot.length)
+        self._c_kv[:, : snapshot.length] = snapshot.c_kv
+        self._k_pe[:, : snapshot.length] = snapshot.k_pe
+        self.length = snapshot.length

@@ -1,0 +1,265 @@
+"""Kimi K2 (DeepSeek-V3 architecture), top to bottom, in one sitting.
+
+Notable features:
+- Multi-head latent attention (MLA): a token's keys and values of all heads are kept as one latent
+  of `kv_lora_rank` numbers plus one rotated key of `qk_rope_head_dim` numbers shared by the heads.
+- Two equal ways through attention: *absorbed* (the up-projections move to the query and the output;
+  reads only latents; best for few tokens) and *expanded* (keys and values of all heads are computed
+  once for many queries; best for long prompts).
+- Mixture of experts: a sigmoid router picks `num_experts_per_tok` of `n_routed_experts`; a
+  correction bias takes part in the choice but not in the weight. One shared expert always runs.
+- The first `first_k_dense_replace` layers have a plain SwiGLU instead.
+- YaRN RoPE on interleaved pairs; RMSNorm before each block; an untied head.
+
+Shape letters: T tokens now computed, S tokens cached including these, D hidden_size, H heads,
+N qk_nope_head_dim, P qk_rope_head_dim, V v_head_dim, R kv_lora_rank, Q q_lora_rank, E experts,
+K experts per token, I intermediate size. Activations are float32 [T, ...]; weights stay as they
+lie in the checkpoint (`quant.Weight`) and are [out_features, in_features].
+
+Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1, MLA), DeepSeek-V3 (arXiv 2412.19437, section
+2.1.2, routing), YaRN (arXiv 2309.00071); held against transformers' `DeepseekV3ForCausalLM`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import ModuleType
+
+import numpy as np
+import numpy.typing as npt
+
+from kimi_cpu.config import LATENT_NORM_EPS, ModelConfig
+from kimi_cpu.kernels.common import ExpertTable, Precision
+from kimi_cpu.kv_cache import LatentCache
+from kimi_cpu.quant import F32, U16, Weight, as_f32
+from kimi_cpu.store.checkpoint import Checkpoint
+
+Ids = npt.NDArray[np.int64]
+Norm = U16 | F32
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """`model.layers.L.self_attn.*`."""
+
+    q_proj: Weight | None  # [H (N + P), D], only without q_lora_rank
+    q_a_proj: Weight | None  # [Q, D]
+    q_a_layernorm: Norm | None  # [Q]
+    q_b_proj: Weight | None  # [H (N + P), Q]
+    kv_a_proj_with_mqa: Weight  # [R + P, D]
+    kv_a_layernorm: Norm  # [R]
+    kv_b_proj: Weight  # [H (N + V), R]: per head W_UK [N, R], then W_UV [V, R]
+    o_proj: Weight  # [D, H V]
+
+
+@dataclass(frozen=True)
+class MLPWeights:
+    """A SwiGLU: `mlp.*` of a dense layer, or `mlp.shared_experts.*`."""
+
+    gate_proj: Weight  # [I, D]
+    up_proj: Weight  # [I, D]
+    down_proj: Weight  # [D, I]
+
+
+@dataclass(frozen=True)
+class MoEWeights:
+    """`model.layers.L.mlp.*` of a layer with routed experts."""
+
+    gate: Weight  # router, [E, D]
+    e_score_correction_bias: F32  # [E]
+    experts: ExpertTable
+    shared_experts: MLPWeights | None
+
+
+@dataclass(frozen=True)
+class Layer:
+    input_layernorm: Norm  # [D]
+    self_attn: AttentionWeights
+    post_attention_layernorm: Norm  # [D]
+    mlp: MLPWeights | MoEWeights
+
+
+class Model:
+    """The network of one checkpoint: token ids and a latent cache in, logits out.
+
+    Args:
+        checkpoint: an open, validated checkpoint; weights are read in place.
+        kernels: `kernels.reference` or `kernels.fast`; both have the same functions.
+        precision: "exact" (float32 activations, the oracle's numbers) or "fast" (INT4 experts
+            see int8 activations in groups of 32; bf16 latents).
+        threads: how many threads the kernels may use; results do not depend on it.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, kernels: ModuleType, precision: Precision, threads: int
+    ) -> None:
+        self.config = checkpoint.config
+        self.kernels = kernels
+        self.precision: Precision = precision
+        self.threads = threads
+        self._inv_freq = self.config.inv_freq()  # float64 [P / 2]
+        self.embed_tokens = checkpoint.tensor("model.embed_tokens.weight")  # [vocab, D]
+        self.layers = [self._load_layer(checkpoint, i) for i in range(self.config.num_hidden_layers)]
+        self.norm = checkpoint.tensor("model.norm.weight")  # [D]
+        self.lm_head = checkpoint.linear("lm_head")  # [vocab, D]
+
+    def new_cache(self) -> LatentCache:
+        """An empty cache of the dtype that goes with the precision."""
+        return LatentCache(self.config, np.float32 if self.precision == "exact" else np.uint16)
+
+    def forward(self, ids: Ids, cache: LatentCache, all_logits: bool = False) -> F32:
+        """Compute the tokens that follow those in `cache`, and append them to it.
+
+        Args:
+            ids: int64 [T], T >= 1, each within the vocabulary.
+            cache: the latents of all earlier tokens.
+            all_logits: return logits of every token instead of the last one only.
+
+        Returns:
+            float32 [T, vocab_size] or [1, vocab_size].
+
+        Raises:
+            ContextError: the tokens do not fit the context; the cache is unchanged.
+        """
+        cache.reserve(len(ids))
+        cos, sin = self._rope_tables(cache.length, len(ids))
+        x = as_f32(self.embed_tokens[ids])  # [T, D]
+        for i, layer in enumerate(self.layers):
+            x = x + self._attention(i, self._rmsnorm(x, layer.input_layernorm), cache, cos, sin)
+            h = self._rmsnorm(x, layer.post_attention_layernorm)
+            if isinstance(layer.mlp, MoEWeights):
+                x = x + self._moe(layer.mlp, h)
+            else:
+                x = x + self._mlp(layer.mlp, h)
+        cache.advance(len(ids))
+        if not all_logits:
+            x = x[-1:]
+        return self._linear(self._rmsnorm(x, self.norm), self.lm_head)
+
+    def _attention(self, layer: int, x: F32, cache: LatentCache, cos: F32, sin: F32) -> F32:
+        """MLA over the cached latents and these tokens; [T, D] -> [T, D]."""
+        w, c, k = self.layers[layer].self_attn, self.config, self.kernels
+        start, tokens = cache.length, x.shape[0]
+        heads, n_dim, rank = c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
+
+        if w.q_proj is not None:
+            q = self._linear(x, w.q_proj)
+        else:
+            assert w.q_a_proj is not None and w.q_a_layernorm is not None and w.q_b_proj is not None
+            q = self._linear(x, w.q_a_proj)  # [T, Q]
+            q = self._linear(k.rmsnorm(q, w.q_a_layernorm, LATENT_NORM_EPS), w.q_b_proj)
+        q = q.reshape(tokens, heads, c.qk_head_dim)  # [T, H (N + P)] -> [T, H, N + P]
+        q_nope = np.ascontiguousarray(q[:, :, :n_dim])  # [T, H, N]
+        q_pe = k.rope(np.ascontiguousarray(q[:, :, n_dim:]), cos, sin)  # [T, H, P]
+
+        kv_a = self._linear(x, w.kv_a_proj_with_mqa)  # [T, R + P]
+        c_kv = k.rmsnorm(np.ascontiguousarray(kv_a[:, :rank]), w.kv_a_layernorm, LATENT_NORM_EPS)
+        k_pe = np.ascontiguousarray(kv_a[:, None, rank:])  # [T, 1, P]: one key for all heads
+        k_pe = k.rope(k_pe, cos, sin)[:, 0]
+        all_c_kv, all_k_pe = cache.write(layer, c_kv, k_pe)  # [S, R], [S, P]
+
+        if self._expanding_pays(tokens):
+            kv = self._linear(as_f32(all_c_kv), w.kv_b_proj)
+            kv = kv.reshape(-1, heads, n_dim + c.v_head_dim)  # [S, H (N + V)] -> [S, H, N + V]
+            o = k.mla_prefill(q_nope, q_pe, kv, all_k_pe, start, c.softmax_scale, self.threads)
+        else:
+            q_latent = k.absorb_q(q_nope, w.kv_b_proj, self.threads)  # [T, H, R]
+            o_latent = k.mla_decode(
+                q_latent, q_pe, all_c_kv, all_k_pe, start, c.softmax_scale, self.threads
+            )  # [T, H, R]
+            o = k.absorb_v(o_latent, w.kv_b_proj, c.v_head_dim, self.threads)  # [T, H, V]
+        return self._linear(o.reshape(tokens, heads * c.v_head_dim), w.o_proj)
+
+    def _expanding_pays(self, tokens: int) -> bool:
+        """Whether expanding each cached latent once costs less than absorbed attention.
+
+        Multiplications per head and cached token: absorbed T (2 R + P); expanded
+        T (N + P + V) and once R (N + V) for the expansion.
+        """
+        c = self.config
+        per_head = c.qk_nope_head_dim + c.v_head_dim
+        absorbed = tokens * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+        return absorbed > tokens * (per_head + c.qk_rope_head_dim) + c.kv_lora_rank * per_head
+
+    def _moe(self, w: MoEWeights, x: F32) -> F32:
+        """Routed experts plus the shared one; [T, D] -> [T, D]."""
+        c = self.config
+        ids, weights = self.kernels.route(
+            self._linear(x, w.gate),  # [T, E]
+            w.e_score_correction_bias,
+            c.n_group,
+            c.topk_group,
+            c.num_experts_per_tok,
+            c.norm_topk_prob,
+            c.routed_scaling_factor,
+        )  # [T, K], [T, K]
+        routed: F32 = self.kernels.moe(x, w.experts, ids, weights, self.precision, self.threads)
+        return routed if w.shared_experts is None else routed + self._mlp(w.shared_experts, x)
+
+    def _mlp(self, w: MLPWeights, x: F32) -> F32:
+        """SwiGLU: down(silu(gate x) * up x); [T, D] -> [T, D]."""
+        h = self.kernels.silu_mul(self._linear(x, w.gate_proj), self._linear(x, w.up_proj))
+        return self._linear(h, w.down_proj)
+
+    def _linear(self, x: F32, w: Weight) -> F32:
+        y: F32 = self.kernels.linear(x, w, self.threads)
+        return y
+
+    def _rmsnorm(self, x: F32, w: Norm) -> F32:
+        y: F32 = self.kernels.rmsnorm(x, w, self.config.rms_norm_eps)
+        return y
+
+    def _rope_tables(self, start: int, tokens: int) -> tuple[F32, F32]:
+        """cos and sin of positions start .. start + T - 1, float32 [T, P / 2] each."""
+        positions = np.arange(start, start + tokens, dtype=np.float64)
+        angles = np.outer(positions, self._inv_freq)
+        scale = self.config.rope_attention_scale
+        return (
+            (np.cos(angles) * scale).astype(np.float32),
+            (np.sin(angles) * scale).astype(np.float32),
+        )
+
+    def _load_layer(self, checkpoint: Checkpoint, i: int) -> Layer:
+        c, prefix = self.config, f"model.layers.{i}."
+        attn = prefix + "self_attn."
+        lora = c.q_lora_rank is not None
+        self_attn = AttentionWeights(
+            q_proj=None if lora else checkpoint.linear(attn + "q_proj"),
+            q_a_proj=checkpoint.linear(attn + "q_a_proj") if lora else None,
+            q_a_layernorm=checkpoint.tensor(attn + "q_a_layernorm.weight") if lora else None,
+            q_b_proj=checkpoint.linear(attn + "q_b_proj") if lora else None,
+            kv_a_proj_with_mqa=checkpoint.linear(attn + "kv_a_proj_with_mqa"),
+            kv_a_layernorm=checkpoint.tensor(attn + "kv_a_layernorm.weight"),
+            kv_b_proj=checkpoint.linear(attn + "kv_b_proj"),
+            o_proj=checkpoint.linear(attn + "o_proj"),
+        )
+        mlp: MLPWeights | MoEWeights
+        if c.is_dense_layer(i):
+            mlp = _load_mlp(checkpoint, prefix + "mlp.")
+        else:
+            mlp = MoEWeights(
+                gate=checkpoint.linear(prefix + "mlp.gate"),
+                e_score_correction_bias=as_f32(
+                    checkpoint.tensor(prefix + "mlp.gate.e_score_correction_bias")
+                ),
+                experts=ExpertTable(lambda e: checkpoint.expert(i, e), c.n_routed_experts),
+                shared_experts=(
+                    _load_mlp(checkpoint, prefix + "mlp.shared_experts.")
+                    if c.n_shared_experts
+                    else None
+                ),
+            )
+        return Layer(
+            input_layernorm=checkpoint.tensor(prefix + "input_layernorm.weight"),
+            self_attn=self_attn,
+            post_attention_layernorm=checkpoint.tensor(prefix + "post_attention_layernorm.weight"),
+            mlp=mlp,
+        )
+
+
+def _load_mlp(checkpoint: Checkpoint, prefix: str) -> MLPWeights:
+    return MLPWeights(
+        gate_proj=checkpoint.linear(prefix + "gate_proj"),
+        up_proj=checkpoint.linear(prefix + "up_proj"),
+        down_proj=checkpoint.linear(prefix + "down_proj"),
+    )
