@@ -1,0 +1,1 @@
+"""Checkpoints on disk: validated, memory-mapped, read in place."""
