@@ -1,0 +1,201 @@
+"""Sessions: one timeline, prefix reuse, rewinding, snapshots, errors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kimi_cpu.engine import PREFILL_CHUNK, Engine
+from kimi_cpu.errors import ContextError, UsageError
+from tests.tiny import tiny_checkpoint
+
+CONTEXT = 600
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tiny")
+    tiny_checkpoint(folder, 21, max_position_embeddings=CONTEXT)
+    return folder
+
+
+@pytest.fixture(scope="module", params=["exact", "fast"])
+def engine(folder: Path, request: pytest.FixtureRequest) -> Engine:
+    return Engine.load(folder, precision=request.param)
+
+
+def ids(engine: Engine, count: int, seed: int = 0) -> list[int]:
+    rng = np.random.default_rng(seed)
+    return [int(i) for i in rng.integers(0, engine.config.vocab_size, count)]
+
+
+def close(a: np.ndarray, b: np.ndarray) -> bool:
+    """Equal but for rounding: other chunks may take the other way through attention, and in fast
+    precision the latents are bf16."""
+    return bool(np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b))
+
+
+def test_step_equals_sync(engine: Engine) -> None:
+    prompt = ids(engine, 9)
+    stepped, synced = engine.session(), engine.session()
+    for token in prompt:
+        logits = stepped.step(token)
+    assert close(logits, synced.sync(prompt))
+    assert stepped.tokens == synced.tokens == tuple(prompt)
+
+
+def test_sync_computes_only_what_is_new(engine: Engine) -> None:
+    session, prompt = engine.session(), ids(engine, 20)
+    session.sync(prompt)
+    computed: list[tuple[int, int]] = []
+    session.sync([*prompt[:15], *prompt[:3]], lambda done, all_: computed.append((done, all_)))
+    assert computed == [(3, 3)]
+    assert session.tokens == (*prompt[:15], *prompt[:3])
+    again: list[tuple[int, int]] = []
+    session.sync(session.tokens, lambda done, all_: again.append((done, all_)))
+    assert again == []  # nothing to do: the logits are still there
+
+
+def test_sync_after_divergence_equals_a_fresh_session(engine: Engine) -> None:
+    session, prompt = engine.session(), ids(engine, 30)
+    session.sync(prompt)
+    other = [*prompt[:12], *ids(engine, 10, seed=1)]
+    assert close(session.sync(other), engine.session().sync(other))
+
+
+def test_sync_to_a_shorter_prefix(engine: Engine) -> None:
+    session, prompt = engine.session(), ids(engine, 30)
+    session.sync(prompt)
+    assert close(session.sync(prompt[:17]), engine.session().sync(prompt[:17]))
+    assert len(session) == 17
+
+
+def test_rewind(engine: Engine) -> None:
+    session, prompt = engine.session(), ids(engine, 12)
+    expected = session.sync(prompt).copy()
+    session.step(1)
+    session.step(2)
+    session.rewind(2)
+    assert session.tokens == tuple(prompt)
+    assert close(session.sync(prompt), expected)
+    session.rewind(0)
+    session.rewind(12)
+    assert session.tokens == ()
+    for n in (-1, 1):
+        with pytest.raises(ContextError, match="cannot take back"):
+            session.rewind(n)
+
+
+def test_snapshot_is_independent(engine: Engine) -> None:
+    session, prompt = engine.session(), ids(engine, 12)
+    expected = session.sync(prompt).copy()
+    snapshot = session.snapshot()
+    after = session.step(5).copy()
+    session.sync(ids(engine, 20, seed=3))
+    session.restore(snapshot)
+    assert session.tokens == tuple(prompt)
+    np.testing.assert_array_equal(session.sync(prompt), expected)
+    np.testing.assert_array_equal(session.step(5), after)  # the very same latents
+    other = engine.session()
+    other.restore(snapshot)
+    np.testing.assert_array_equal(other.step(5), after)
+
+
+def test_long_prompts_come_in_chunks_and_the_context_is_respected(engine: Engine) -> None:
+    session, prompt = engine.session(), ids(engine, CONTEXT)
+    steps: list[tuple[int, int]] = []
+    session.sync(prompt, lambda done, all_: steps.append((done, all_)))
+    assert steps == [(PREFILL_CHUNK, CONTEXT), (CONTEXT, CONTEXT)]
+    assert session.remaining == 0
+    with pytest.raises(ContextError, match="600"):
+        session.step(0)
+    with pytest.raises(ContextError, match="601"):
+        session.sync([*prompt, 0])
+    assert session.tokens == tuple(prompt)
+
+
+def test_interrupted_prefill_keeps_what_is_complete(engine: Engine) -> None:
+    session, prompt = engine.session(), ids(engine, CONTEXT)
+
+    def stop(done: int, all_: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        session.sync(prompt, stop)
+    assert session.tokens == tuple(prompt[:PREFILL_CHUNK])
+    assert close(session.sync(prompt), engine.session().sync(prompt))
+
+
+def test_interrupt_inside_a_pass_leaves_no_trace(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, prompt = engine.session(), ids(engine, 8)
+    session.sync(prompt)
+    forward = engine._model.forward
+
+    def interrupted(*args: object, **kwargs: object) -> np.ndarray:
+        forward(*args, **kwargs)  # the cache has advanced, the session knows nothing of it
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._model, "forward", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            session.step(1)
+    assert session.tokens == tuple(prompt)
+    assert close(session.step(2), engine.session().sync([*prompt, 2]))
+
+
+@pytest.mark.parametrize("bad", [-1, 10**6])
+def test_ids_outside_the_vocabulary(engine: Engine, bad: int) -> None:
+    session = engine.session()
+    for call in (lambda: session.sync([0, bad]), lambda: engine.score([bad])):
+        with pytest.raises(ContextError, match="outside the vocabulary"):
+            call()
+    with pytest.raises(ContextError, match="outside the vocabulary"):
+        session.step(bad)
+    assert session.tokens == ()
+
+
+def test_nothing_to_compute(engine: Engine) -> None:
+    with pytest.raises(ContextError, match="no tokens"):
+        engine.session().sync([])
+    with pytest.raises(ContextError, match="no tokens"):
+        engine.score([])
+
+
+def test_score_rows_are_the_steps(engine: Engine) -> None:
+    prompt = ids(engine, 50)
+    rows = engine.score(prompt)
+    session = engine.session()
+    assert all(close(session.step(token), row) for token, row in zip(prompt, rows, strict=True))
+
+
+def test_threads_change_nothing(folder: Path, engine: Engine) -> None:
+    prompt = ids(engine, 40)
+    one = Engine.load(folder, precision=engine.precision, threads=1)
+    three = Engine.load(folder, precision=engine.precision, threads=3)
+    np.testing.assert_array_equal(one.score(prompt), three.score(prompt))
+
+
+def test_only_chosen_experts_are_loaded(folder: Path) -> None:
+    with Engine.load(folder) as engine:
+        session = engine.session()
+        session.step(3)
+        table = engine._model.layers[-1].mlp.experts  # type: ignore[union-attr]
+        loaded = sum(expert is not None for expert in table._experts)
+        assert loaded == engine.config.num_experts_per_tok < engine.config.n_routed_experts
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"precision": "quick"}, "precision"),
+        ({"threads": 0}, "threads"),
+        ({"backend": "cuda"}, "backend"),
+    ],
+)
+def test_wrong_options(folder: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        Engine.load(folder, **options)  # type: ignore[arg-type]
