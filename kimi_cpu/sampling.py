@@ -32,8 +32,11 @@ _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
 def _number(name: str, value: object, low: float, high: float, wanted: str) -> None:
-    ok = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not (ok and math.isfinite(value) and low <= value <= high):  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        value_ok = False
+    else:
+        value_ok = math.isfinite(value) and low <= float(value) <= high
+    if not value_ok:
         raise UsageError(f"{name} is {value!r}", f"{name} must be {wanted}.")
 
 
@@ -90,14 +93,12 @@ class SamplingParams:
             _number(f"logit_bias[{token}]", bias, -100, 100, "a number from -100 to 100")
         if self.seed is not None:
             _integer("seed", self.seed, 0, "a whole number, 0 or more")
-        if isinstance(self.stop, str):
-            object.__setattr__(self, "stop", (self.stop,))
-        elif isinstance(self.stop, list):
-            object.__setattr__(self, "stop", tuple(self.stop))
-        if not (
-            isinstance(self.stop, tuple) and all(isinstance(s, str) and s for s in self.stop)
-        ):
-            raise UsageError(f"stop is {self.stop!r}", "stop must be a list of non-empty strings.")
+        stop: object = self.stop
+        if isinstance(stop, str):
+            stop = (stop,)
+        if not isinstance(stop, tuple | list) or not all(isinstance(s, str) and s for s in stop):
+            raise UsageError(f"stop is {stop!r}", "stop must be a list of non-empty strings.")
+        object.__setattr__(self, "stop", tuple(stop))
         if self.max_tokens is not None:
             _integer("max_tokens", self.max_tokens, 1, "a whole number, 1 or more")
         if self.thinking_budget is not None:
