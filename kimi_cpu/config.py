@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,11 @@ LATENT_NORM_EPS = 1e-6
 _MAX_JSON_BYTES = 16 << 20
 _TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 _WRAPPER_MODEL_TYPES = ("kimi_k25",)
+_ARCHITECTURES = (
+    "DeepseekV3ForCausalLM",
+    "KimiK2ForCausalLM",
+    "KimiK25ForConditionalGeneration",
+)
 
 _OTHER_ARCHITECTURES = {
     "kimi_k3": "Kimi K3 is another architecture",
@@ -43,24 +49,21 @@ _OTHER_ARCHITECTURES = {
 
 #: Keys that change nothing in what is computed here: training, generation defaults (the sampler
 #: has its own), bookkeeping of transformers, and classification labels.
-_HARMLESS_KEYS = frozenset(
-    """
-    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path add_cross_attention
-    architectures attention_dropout attn_implementation auto_map aux_loss_alpha bad_words_ids
-    begin_suppress_tokens chunk_size_feed_forward cross_attention_hidden_size decoder_start_token_id
-    diversity_penalty do_sample dtype early_stopping encoder_no_repeat_ngram_size ep_size
-    experts_implementation exponential_decay_length_penalty finetuning_task forced_bos_token_id
-    forced_eos_token_id id2label ignore_index initializer_range is_decoder is_encoder_decoder
-    label2id length_penalty max_length media_placeholder_token_id min_length no_repeat_ngram_size
-    num_beam_groups num_beams num_labels num_return_sequences output_attentions
-    output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
-    problem_type pruned_heads remove_invalid_values repetition_penalty return_dict
-    return_dict_in_generate sep_token_id seq_aux suppress_tokens task_specific_params temperature
-    tf_legacy_loss tie_encoder_decoder tokenizer_class top_k top_p torch_dtype torchscript
-    transformers_version typical_p unsloth_version use_bfloat16 use_cache
-    use_unified_vision_chunk video_placeholder vision_config
-    """.split()
-)
+_HARMLESS = """
+_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
+attention_dropout attn_implementation auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens
+decoder_start_token_id diversity_penalty do_sample dtype early_stopping
+encoder_no_repeat_ngram_size ep_size experts_implementation exponential_decay_length_penalty
+finetuning_task forced_bos_token_id forced_eos_token_id id2label ignore_index initializer_range
+is_decoder label2id length_penalty max_length media_placeholder_token_id min_length
+no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
+output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
+problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
+sep_token_id seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss
+tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unsloth_version
+use_bfloat16 use_cache use_unified_vision_chunk video_placeholder vision_config
+"""
+_HARMLESS_KEYS = frozenset(_HARMLESS.split())
 
 
 def parse_json_object(
@@ -74,8 +77,8 @@ def parse_json_object(
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = next(key for key in keys if keys.count(key) > 1)
+            counts = Counter(key for key, _ in pairs)
+            twice = counts.most_common(1)[0][0]
             raise error(f"{where}: key {twice[:80]!r} appears twice", hint)
         return result
 
@@ -83,9 +86,7 @@ def parse_json_object(
         raise error(f"{where}: {text} is not a JSON number", hint)
 
     try:
-        value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant
-        )
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
     except RecursionError:
         raise error(f"{where}: JSON is nested too deeply", hint) from None
     except ValueError as exc:  # also UnicodeDecodeError and over-long integers
@@ -99,11 +100,11 @@ def load_json_object(
     path: Path, error: type[UserError], hint: str = "", max_bytes: int = _MAX_JSON_BYTES
 ) -> dict[str, Any]:
     """Read a file as one strict JSON object; raises `error` naming the file."""
+    if not path.is_file():
+        raise error(f"{path}: no such file", hint)
     try:
         with path.open("rb") as file:
             data = file.read(max_bytes + 1)
-    except FileNotFoundError:
-        raise error(f"{path}: no such file", hint) from None
     except OSError as exc:
         raise error(f"{path}: cannot be read ({exc.strerror or exc})", hint) from None
     if len(data) > max_bytes:
@@ -169,7 +170,7 @@ class ModelConfig:
     @property
     def softmax_scale(self) -> float:
         """Factor on attention scores: qk_head_dim^-0.5, times YaRN's mscale squared."""
-        scale = self.qk_head_dim**-0.5
+        scale = float(self.qk_head_dim**-0.5)
         if self.rope_scaling is not None and self.rope_scaling.mscale_all_dim:
             scale *= _mscale(self.rope_scaling.factor, self.rope_scaling.mscale_all_dim) ** 2
         return scale
@@ -251,7 +252,11 @@ class ModelConfig:
             _check_model_type(values, where)
             if values["model_type"] in _WRAPPER_MODEL_TYPES:
                 raise ConfigError(f"{where}: model_type is a wrapper again", "Fix config.json.")
-        return _read(_Reader(values, where), outer, prefix, generation or {}, generation_where)
+        reader = _Reader(values, where)
+        try:
+            return _read(reader, outer, prefix, generation or {}, generation_where)
+        except RecursionError:
+            raise ConfigError(f"{where}: a value is nested too deeply") from None
 
 
 def _mscale(factor: float, mscale: float) -> float:
@@ -259,23 +264,35 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _check_model_type(values: Mapping[str, Any], where: str) -> None:
-    model_type = values.get("model_type")
+    model_type, architectures = values.get("model_type"), values.get("architectures") or []
     known = _TEXT_MODEL_TYPES + _WRAPPER_MODEL_TYPES
-    if model_type in known:
-        return
     hint = "This engine runs Kimi K2 models: model_type " + ", ".join(known) + "."
     if model_type is None:
         raise ConfigError(f"{where}: model_type is missing", hint)
-    reason = _OTHER_ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    if reason is None and "k3" in str(model_type).lower():
-        reason = _OTHER_ARCHITECTURES["kimi_k3"]
-    reason = reason or "an unknown architecture"
-    raise ConfigError(f"{where}: model_type {_short(model_type)} is not supported: {reason}", hint)
+    if not isinstance(model_type, str) or model_type not in known:
+        reason = "an unknown architecture"
+        if isinstance(model_type, str):
+            reason = _OTHER_ARCHITECTURES.get(model_type, reason)
+        raise ConfigError(
+            f"{where}: model_type {_short(model_type)} is not supported: {reason}", hint
+        )
+    for name in architectures if isinstance(architectures, list) else [architectures]:
+        if name not in _ARCHITECTURES:
+            reason = _OTHER_ARCHITECTURES["kimi_k3"] if "K3" in str(name) else "unknown"
+            raise ConfigError(
+                f"{where}: architectures: {_short(name)} is not supported: {reason}", hint
+            )
 
 
 def _short(value: Any) -> str:
+    """A value for an error message: on one line, escaped, not too long."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def shown(name: str) -> str:
+    """A name from a file for an error message: as it is, or escaped if it is odd."""
+    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
 
 
 def _is_off(value: Any) -> bool:
@@ -292,7 +309,7 @@ class _Reader:
         self.taken: set[str] = set()
 
     def fail(self, key: str, problem: str, hint: str = "") -> ConfigError:
-        return ConfigError(f"{self.where}: {key} {problem}", hint)
+        return ConfigError(f"{self.where}: {shown(key)} {problem}", hint)
 
     def get(self, key: str, default: Any = None) -> Any:
         self.taken.add(key)
@@ -340,7 +357,7 @@ class _Reader:
                 continue
             raise self.fail(
                 key,
-                f"= {_short(value)} is unknown and could change the computation",
+                f"= {_short(value)} is not understood and could change the computation",
                 "If you know that it does not, remove the key from config.json (or set it to "
                 "null); otherwise this engine cannot run the model.",
             )
@@ -372,7 +389,9 @@ def _read(
     for key, derived in (("head_dim", rope_dim), ("qk_head_dim", nope_dim + rope_dim)):
         value = reader.get(key)
         if value is not None and value != derived:
-            raise reader.fail(key, f"= {_short(value)} contradicts the other head sizes ({derived})")
+            raise reader.fail(
+                key, f"= {_short(value)} contradicts the other head sizes ({derived})"
+            )
 
     experts = reader.integer("n_routed_experts", 1, 1 << 16)
     alias = reader.get("num_local_experts")
@@ -487,7 +506,7 @@ def _token_ids(value: Any, vocab_size: int, key: str, where: str) -> list[int]:
 
 
 def _read_tie(reader: _Reader, outer: Mapping[str, Any]) -> bool:
-    values = [v for v in (reader.get("tie_word_embeddings"), outer.get("tie_word_embeddings"))]
+    values = [source.get("tie_word_embeddings") for source in (reader, outer)]
     for value in values:
         if value is not None and not isinstance(value, bool):
             raise reader.fail("tie_word_embeddings", f"= {_short(value)} is neither true nor false")
@@ -545,9 +564,6 @@ def _read_yarn(rope: _Reader) -> YarnScaling:
             "Published K2 models set both to 1.",
         )
     rope.only("truncate", True, "correction dimensions are rounded, as published")
-    original = float(rope.need("original_max_position_embeddings") or 0)
-    if original == int(original):
-        rope.values = {**rope.values, "original_max_position_embeddings": int(original)}
     yarn = YarnScaling(
         factor=rope.number("factor", 1.0, 1e6),
         original_max_position_embeddings=rope.integer(
@@ -575,7 +591,7 @@ def _read_quantization(reader: _Reader, outer: Mapping[str, Any]) -> bool:
 
 
 def _check_quantization(reader: _Reader) -> None:
-    method = reader.get("quant_method")
+    method = reader.need("quant_method")
     if method == "fp8":
         raise reader.fail(
             "quant_method",
@@ -583,6 +599,7 @@ def _check_quantization(reader: _Reader) -> None:
             "Use Kimi K2 Thinking or K2.5 (INT4), or a bf16 conversion of this checkpoint.",
         )
     reader.only("quant_method", "compressed-tensors", "only compressed-tensors is read")
+    reader.need("format")
     reader.only("format", "pack-quantized", "only packed INT4 is read")
     reader.only("quantization_status", "compressed", "the weights must be packed")
     for key in ("ignore", "version", "global_compression_ratio"):
@@ -595,7 +612,8 @@ def _check_quantization(reader: _Reader) -> None:
             raise reader.fail("config_groups", f".{name} has no weights object")
         inner = _Reader(group, f"{reader.where}.config_groups.{name}")
         inner.taken |= {"weights", "targets"}
-        inner.only("format", group.get("format") and "pack-quantized", "only packed INT4 is read")
+        if inner.get("format") is not None:
+            inner.only("format", "pack-quantized", "only packed INT4 is read")
         for key in ("input_activations", "output_activations"):
             if group.get(key) is not None:
                 raise inner.fail(key, "is set: quantised activations are not supported")

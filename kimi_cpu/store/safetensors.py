@@ -8,6 +8,7 @@ uint16 bits) and because kernels do not check bounds: a file is untrusted until 
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.config import parse_json_object
+from kimi_cpu.config import parse_json_object, shown
 from kimi_cpu.errors import CheckpointError
 
 #: The format's own limit on the header, which also bounds what a hostile file can make us parse.
@@ -37,7 +38,13 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
 }
 
+_FIELDS = {"dtype", "shape", "data_offsets"}
 _DAMAGED = "The file is damaged or no safetensors file: download it again."
+_TRUNCATED = "The file is truncated: download it again."
+
+#: (dtype, shape, begin, end). Plain tuples in the table: the garbage collector stops tracking
+#: those, so that 200,000 of them cost later collections nothing.
+_RawEntry = tuple[str, tuple[int, ...], int, int]
 
 
 class TensorEntry(NamedTuple):
@@ -48,36 +55,54 @@ class TensorEntry(NamedTuple):
     begin: int
     end: int
 
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.begin
+
 
 class SafetensorsFile:
-    """One open, validated, memory-mapped safetensors file.
-
-    Attributes:
-        path: the file.
-        entries: name -> TensorEntry, in the header's order.
-    """
+    """One open, validated, memory-mapped safetensors file."""
 
     def __init__(self, path: Path) -> None:
         """Map the file and check its header; raises CheckpointError naming file and tensor."""
         self.path = path
+        if not path.is_file():
+            raise CheckpointError(
+                f"{path}: no such file", "The download is incomplete: fetch the missing shard."
+            )
         try:
             with path.open("rb") as file:
                 size = os.fstat(file.fileno()).st_size
                 if size < 8:
                     raise CheckpointError(f"{path}: only {size} bytes long", _DAMAGED)
                 self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise CheckpointError(
-                f"{path}: no such file", "The download is incomplete: fetch the missing shard."
-            ) from None
         except (OSError, ValueError) as exc:
-            raise CheckpointError(f"{path}: cannot be read ({exc})", _DAMAGED) from None
+            raise CheckpointError(
+                f"{path}: cannot be mapped ({exc})", "Check that the file may be read."
+            ) from None
         self.size = size
-        self.entries = _read_header(path, self._map, size)
+        try:
+            self._entries = _read_header(path, self._map, size)
+        except BaseException:
+            self.close()
+            raise
+
+    def names(self) -> list[str]:
+        """Names of all tensors, in the header's order."""
+        return list(self._entries)
+
+    def entry(self, name: str) -> TensorEntry:
+        """Where tensor `name` lies; KeyError if there is none."""
+        return TensorEntry(*self._entries[name])
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of tensor `name`."""
+        _, _, begin, end = self._entries[name]
+        return end - begin
 
     def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes as a read-only uint8 view [n]."""
-        return self._view(name, np.dtype(np.uint8))
+        return self._view(self.entry(name), np.dtype(np.uint8))
 
     def tensor(self, name: str) -> npt.NDArray[Any]:
         """The tensor as a read-only view: uint16 bits for BF16, float32, int32 or int64.
@@ -86,95 +111,101 @@ class SafetensorsFile:
         copied, so that callers always get aligned arrays. Raises CheckpointError for a dtype
         that this engine does not compute with.
         """
-        entry = self.entries[name]
+        entry = self.entry(name)
         dtype = NUMPY_DTYPES.get(entry.dtype)
         if dtype is None:
             raise CheckpointError(
-                f"{self.path}: {name} has dtype {entry.dtype}",
-                "This engine reads BF16 and F32 tensors (and packed INT4 experts).",
+                f"{self.path}: {shown(name)} has dtype {entry.dtype}",
+                "This engine reads BF16 and F32 tensors, and packed INT4 experts.",
             )
-        view = self._view(name, dtype).reshape(entry.shape)
-        return view if view.flags.aligned else view.copy()
+        view = self._view(entry, dtype).reshape(entry.shape)
+        if not view.flags.aligned:
+            view = view.copy()
+            view.flags.writeable = False
+        return view
 
-    def _view(self, name: str, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
+    def _view(self, entry: TensorEntry, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
         if self._map is None:
-            raise CheckpointError(f"{self.path}: already closed", "Open the checkpoint again.")
-        entry = self.entries[name]
-        count = (entry.end - entry.begin) // dtype.itemsize
-        if count == 0:
+            raise ValueError(f"{self.path} is closed")
+        if entry.nbytes == 0:
             return np.empty(0, dtype=dtype)
+        count = entry.nbytes // dtype.itemsize
         return np.frombuffer(self._map, dtype=dtype, count=count, offset=entry.begin)
 
     def close(self) -> None:
         """Let go of the map. It stays mapped as long as views on it are alive."""
         mapped, self._map = self._map, None
         if mapped is not None:
-            try:
+            with contextlib.suppress(BufferError):  # views are alive: the last of them unmaps
                 mapped.close()
-            except BufferError:
-                pass  # arrays handed out still point into it: the last of them unmaps
 
 
-def _read_header(path: Path, mapped: mmap.mmap, size: int) -> dict[str, TensorEntry]:
+def _read_header(path: Path, mapped: mmap.mmap, size: int) -> dict[str, _RawEntry]:
     length = int.from_bytes(mapped[:8], "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path}: header claims {length} bytes", _DAMAGED)
     start = 8 + length
     if start > size:
         raise CheckpointError(
-            f"{path}: header claims {length} bytes, the file has only {size}",
-            "The file is truncated: download it again.",
+            f"{path}: header claims {length} bytes, the whole file has {size}", _TRUNCATED
         )
     header = parse_json_object(mapped[8:start], f"{path}: header", CheckpointError, _DAMAGED)
     header.pop("__metadata__", None)
-    entries: dict[str, TensorEntry] = {}
-    for name, fields in header.items():
-        entries[name] = _read_entry(path, name, fields, start)
+    try:
+        entries = {name: _read_entry(fields, start) for name, fields in header.items()}
+    except ValueError:
+        raise _bad_entry(path, header, start) from None
     _check_cover(path, entries, start, size)
     return entries
 
 
-def _read_entry(path: Path, name: str, fields: Any, start: int) -> TensorEntry:
-    def bad(problem: str) -> CheckpointError:
-        return CheckpointError(f"{path}: {name[:200]}: {problem}", _DAMAGED)
+def _bad_entry(path: Path, header: dict[str, Any], start: int) -> CheckpointError:
+    """Find the entry that `_read_entry` refused, to name it."""
+    for name, fields in header.items():
+        try:
+            _read_entry(fields, start)
+        except ValueError as exc:
+            return CheckpointError(f"{path}: {shown(name)}: {exc}", _DAMAGED)
+    raise AssertionError("no entry was refused the second time")
 
-    if type(fields) is not dict or fields.keys() != {"dtype", "shape", "data_offsets"}:
-        raise bad("expected exactly dtype, shape and data_offsets")
+
+def _read_entry(fields: Any, start: int) -> _RawEntry:
+    """Check one entry of the header; ValueError says what is wrong with it."""
+    if type(fields) is not dict or fields.keys() != _FIELDS:
+        raise ValueError("expected exactly dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
-    item_bytes = _DTYPE_BYTES.get(dtype) if type(dtype) is str else None
-    if item_bytes is None:
-        raise bad(f"unknown dtype {str(dtype)[:40]!r}")
+    n_bytes = _DTYPE_BYTES.get(dtype, 0) if type(dtype) is str else 0
+    if not n_bytes:
+        raise ValueError(f"unknown dtype {ascii(dtype)[:40]}")
     if type(shape) is not list or len(shape) > 8:
-        raise bad("shape is no list of at most 8 sizes")
-    n_bytes = item_bytes
+        raise ValueError("shape is no list of at most 8 sizes")
     for n in shape:
         if type(n) is not int or not 0 <= n < 1 << 48:
-            raise bad("shape holds something else than sizes")
+            raise ValueError("shape holds something else than sizes")
         n_bytes *= n
     if type(offsets) is not list or len(offsets) != 2:
-        raise bad("data_offsets is no pair")
+        raise ValueError("data_offsets is no pair")
     begin, end = offsets
     if type(begin) is not int or type(end) is not int or not 0 <= begin <= end < 1 << 62:
-        raise bad(f"data_offsets {str(offsets)[:80]} are no byte range")
+        raise ValueError(f"data_offsets {ascii(offsets)[:80]} are no byte range")
     if end - begin != n_bytes:
-        raise bad(f"{dtype} {shape} needs {n_bytes} bytes, data_offsets span {end - begin}")
-    return TensorEntry(dtype, tuple(shape), start + begin, start + end)
+        raise ValueError(f"{dtype} {shape} needs {n_bytes} bytes, data_offsets give {end - begin}")
+    return dtype, tuple(shape), start + begin, start + end
 
 
-def _check_cover(path: Path, entries: dict[str, TensorEntry], start: int, size: int) -> None:
+def _check_cover(path: Path, entries: dict[str, _RawEntry], start: int, size: int) -> None:
     """The tensors must follow each other without overlap or hole and fill the file exactly."""
     position, previous = start, "the header"
-    for name, entry in sorted(entries.items(), key=lambda item: item[1][2:]):
-        if entry.end > size:
+    for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
+        if end > size:
             raise CheckpointError(
-                f"{path}: {name} ends at byte {entry.end}, the file has only {size}",
-                "The file is truncated: download it again.",
+                f"{path}: {shown(name)} ends at byte {end}, the file has only {size}", _TRUNCATED
             )
-        if entry.begin != position:
-            what = "overlaps" if entry.begin < position else "leaves a hole after"
-            raise CheckpointError(f"{path}: {name} {what} {previous}", _DAMAGED)
-        position, previous = entry.end, name
+        if begin != position:
+            what = "overlaps" if begin < position else "leaves a hole after"
+            raise CheckpointError(f"{path}: {shown(name)} {what} {shown(previous)}", _DAMAGED)
+        position, previous = end, name
     if position != size:
         raise CheckpointError(
-            f"{path}: {size - position} bytes after the last tensor ({previous})", _DAMAGED
+            f"{path}: {size - position} bytes too many after {shown(previous)}", _DAMAGED
         )

@@ -22,9 +22,7 @@ from kimi_cpu.store.safetensors import NUMPY_DTYPES
 NamedTensor = tuple[str, npt.NDArray[Any], str]
 
 
-def int4_tensors(
-    name: str, weight: Int4Weight, shape_dtype: str = "I32"
-) -> Iterator[NamedTensor]:
+def int4_tensors(name: str, weight: Int4Weight, shape_dtype: str = "I32") -> Iterator[NamedTensor]:
     """The three tensors of the INT4 linear layer `name`, as published."""
     packed = np.ascontiguousarray(weight.packed).view("<i4")
     shape = np.array(weight.shape, dtype=NUMPY_DTYPES[shape_dtype])
