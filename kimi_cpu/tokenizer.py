@@ -90,7 +90,7 @@ class Tokenizer:
         in the length, also for long runs of one character.
         """
         ids: list[int] = []
-        for part in _cut(_without_surrogates(text)):
+        for part in _cut(replace_surrogates(text)):
             ids += self._encoding.encode_ordinary(part)
         return ids
 
@@ -163,7 +163,8 @@ def _build_encoding(ranks: dict[bytes, int], special_tokens: dict[str, int]) -> 
     )
 
 
-def _without_surrogates(text: str) -> str:
+def replace_surrogates(text: str) -> str:
+    """The text with lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -244,7 +245,7 @@ def _read_control_names(path: Path, n_ranks: int) -> dict[int, str]:
         if not low <= token_id <= high:
             raise _error(path, f"{where}: control ids are {low}..{high} for {n_ranks} ranks")
         name = entry.get("content") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name or name != _without_surrogates(name):
+        if not isinstance(name, str) or not name or name != replace_surrogates(name):
             raise _error(path, f"{where}: content is not a name")
         if name in id_of_name:
             raise _error(path, f"{where}: id {id_of_name[name]} has the name {name!r} already")
