@@ -41,6 +41,7 @@ class Checkpoint:
     Attributes:
         folder: where it lies.
         config: its ModelConfig.
+        n_files, file_bytes: how many weight files it has, and their size.
         total_bytes: bytes of all tensors of the language model.
         expert_bytes: those of the routed experts.
         trunk_bytes: the rest (embedding included).
@@ -53,6 +54,8 @@ class Checkpoint:
         """Use `Checkpoint.open`."""
         self.folder = folder
         self.config = config
+        self.n_files = len(files)
+        self.file_bytes = sum(file.size for file in files)
         self._files = files
         self._tensors = tensors
         self._checked: set[str] = set()
