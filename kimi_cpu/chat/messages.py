@@ -8,6 +8,7 @@ every call gets the canonical id, towards the client its own stays (`Conversatio
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,15 +88,21 @@ def validate_tools(tools: Any) -> list[dict[str, Any]]:
 
 
 class _Calls:
-    """The tool calls met so far: canonical ids, and which results they still wait for."""
+    """The tool calls met so far: their canonical ids, and which one a result belongs to."""
 
     def __init__(self) -> None:
         self.client_ids: dict[str, str] = {}
         self.next_index = 0
         self._used: set[str] = set()
-        # Calls in order: (client's id, canonical id, answered). A client may use an id again.
-        self._all: list[tuple[str, str]] = []
         self._answered: set[str] = set()
+        self._turn = 0
+        # The calls known by an id, in the last assistant message that used it: clients may use
+        # ids again, in another turn or for two calls at once.
+        self._known: dict[str, tuple[int, deque[str]]] = {}
+
+    def start_turn(self) -> None:
+        """An assistant message with calls begins."""
+        self._turn += 1
 
     def add(self, name: str, client_id: str | None) -> str:
         """The canonical id of a call."""
@@ -108,9 +115,15 @@ class _Calls:
             canonical = f"functions.{name}:{index}"
         self._used.add(canonical)
         self.next_index = max(self.next_index, index) + 1
-        self._all.append((canonical if client_id is None else client_id, canonical))
         if client_id is not None and client_id != canonical:
             self.client_ids[canonical] = client_id
+        own = client_id or canonical
+        for alias in {own, canonical, _loose(own), _loose(canonical)}:
+            turn, queue = self._known.get(alias, (0, deque()))
+            if turn != self._turn:
+                queue = deque()
+            queue.append(canonical)
+            self._known[alias] = self._turn, queue
         return canonical
 
     def answer(self, client_id: str) -> str | None:
@@ -119,24 +132,25 @@ class _Calls:
         Ids are compared as given first, then by letters and digits only. Of several calls with
         one id, the earliest without a result is meant; a second result to a call is accepted.
         """
-        exact = [c for own, c in self._all if client_id in (own, c)]
-        loose = [c for own, c in self._all if _key(client_id) in (_key(own), _key(c))]
-        for matches in (exact, loose):
-            for canonical in matches:
-                if canonical not in self._answered:
-                    self._answered.add(canonical)
-                    return canonical
-        return next((matches[-1] for matches in (exact, loose) if matches), None)
+        for alias in (client_id, _loose(client_id)):
+            if alias in self._known:
+                queue = self._known[alias][1]
+                while len(queue) > 1 and queue[0] in self._answered:
+                    queue.popleft()
+                self._answered.add(queue[0])
+                return queue[0]
+        return None
 
 
-def _key(call_id: str) -> str:
-    return re.sub(r"[\W_]", "", call_id).casefold()
+def _loose(call_id: str) -> str:
+    # The blank keeps these apart from ids as given.
+    return " " + re.sub(r"[\W_]", "", call_id).casefold()
 
 
 def _canonical_index(name: str, call_id: str) -> int | None:
     """IDX of `functions.NAME:IDX` or of a client's spelling of it, such as `functions_NAME_IDX`."""
-    match = re.fullmatch(r"(?:functions\W|functions_)?(.+)[\W_]([0-9]{1,6})", call_id, re.S)
-    return int(match[2]) if match and _key(match[1]) == _key(name) else None
+    match = re.fullmatch(r"functions[\W_](.+)[\W_]([0-9]{1,6})", call_id, re.DOTALL)
+    return int(match[2]) if match and _loose(match[1]) == _loose(name) else None
 
 
 def _message(message: Any, where: str, calls: _Calls) -> dict[str, Any]:
@@ -207,6 +221,7 @@ def _tool_calls(message: Mapping[str, Any], where: str, calls: _Calls) -> list[d
         return []
     if not isinstance(value, (list, tuple)):
         raise MessageError(f"{where}.tool_calls: not a list")
+    calls.start_turn()
     result = []
     for i, call in enumerate(value):
         here = f"{where}.tool_calls[{i}]"
