@@ -1,0 +1,151 @@
+"""Greedy accuracy of a torch model on held-out problems, decoded in batches, by family."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+import torch
+
+from . import dialogues as d
+from .bpe import Codec
+from .render import (
+    answer, calls_of, prefix, question, reply, tool_results,
+)  # fmt: skip
+from .scenes import draw_scene
+from .torch_model import Nano
+
+# name of the table's line: the family and the scene it is asked in
+FAMILIES: dict[str, tuple[d.Family, str]] = {
+    "small sums": (d.small_sum, "plain"),
+    "small sums, calculator declared": (d.small_sum, "builtin"),
+    "calculator": (d.calculation, "builtin"),
+    "sums too large without calculator": (d.calculation, "plain"),
+    "facts": (d.fact, "plain"),
+    "facts, tools declared": (d.fact, "builtin"),
+    "clock": (d.clock, "builtin"),
+    "comparison": (d.comparison, "plain"),
+    "weather tool": (d.weather, "get_weather"),
+    "price tool": (d.price, "get_price"),
+    "timer tool": (d.timer, "set_timer"),
+    "dice tool": (d.dice, "roll_dice"),
+    "small talk": (d.small_talk, "plain"),
+    "out of scope": (d.anything_else, "plain"),
+    "out of scope, tools declared": (d.anything_else, "builtin"),
+}
+
+
+@dataclass
+class Problem:
+    """One held-out question in its context; ``warm_up`` is an earlier turn of the same chat."""
+
+    scene: d.Scene
+    turn: d.Turn
+    warm_up: d.Turn | None = None
+
+
+@dataclass
+class Outcome:
+    """What became of a problem: outputs of all steps, exact final answer, exact whole reply."""
+
+    problem: Problem
+    outputs: list[list[int]] = field(default_factory=list)
+    answer_ok: bool = False
+    reply_ok: bool = True
+
+
+def _scene(rng: random.Random, kind: str) -> d.Scene:
+    while True:
+        scene = draw_scene(rng, kind if kind in ("plain", "builtin") else "other")
+        if kind in ("plain", "builtin") or kind in scene.names:
+            return scene
+
+
+def problems(name: str, count: int, seed: int, second_turn: bool = False) -> list[Problem]:
+    """``count`` held-out problems of a family, a function of its arguments."""
+    rng = random.Random(f"eval/{name}/{seed}/{second_turn}")
+    family, kind = FAMILIES[name]
+    out = []
+    for _ in range(count):
+        scene = _scene(rng, kind)
+        turn = d.draw(rng, family, scene, held_out=True)
+        warm_up = None
+        if second_turn:
+            first = rng.choice((d.small_sum, d.fact, d.small_talk, d.calculation))
+            warm_up = d.draw(rng, first, scene, held_out=True)
+        out.append(Problem(scene, turn, warm_up))
+    return out
+
+
+@torch.no_grad()
+def generate(model: Nano, prompts: list[list[int]], stop: int, limit: int) -> list[list[int]]:
+    """Greedy continuations, each up to and including ``stop``."""
+    longest = max(map(len, prompts))
+    pads = torch.tensor([longest - len(p) for p in prompts])
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    positions = (torch.arange(longest).unsqueeze(0) - pads.unsqueeze(1)).clamp_min(0)
+    cache: list[object] = [None] * len(model.layers)
+    out: list[list[int]] = [[] for _ in prompts]
+    done = [False] * len(prompts)
+    for count in range(limit):
+        last = model.step(ids, positions, cache, pads)[:, -1].argmax(-1)
+        for i, token in enumerate(last.tolist()):
+            if not done[i]:
+                out[i].append(token)
+                done[i] = token == stop
+        if all(done):
+            break
+        ids = last.unsqueeze(1)
+        positions = (longest + count - pads).unsqueeze(1)
+    return out
+
+
+def context(codec: Codec, problem: Problem) -> tuple[list[int], int]:
+    """Prompt ids up to the generation prompt of the asked turn, and the index of its first call."""
+    ids, first = prefix(codec, problem.scene), 0
+    if problem.warm_up is not None:
+        ids += question(codec, problem.warm_up)
+        ids += answer(codec, problem.warm_up, 0, False).ids
+        first = calls_of(problem.warm_up)
+    return ids + question(codec, problem.turn), first
+
+
+def run(model: Nano, codec: Codec, todo: list[Problem], thinking: bool = True) -> list[Outcome]:
+    """Solve the problems greedily; a wrong call ends a problem, a right one gets its result."""
+    end, close = codec.ids["<|im_end|>"], codec.ids["</think>"]
+    outcomes = [Outcome(p) for p in todo]
+    prompts = [context(codec, p) for p in todo]
+    open_ = list(range(len(todo)))
+    index = 0
+    while open_:
+        given = [] if thinking else [codec.ids["<think>"], close]
+        outs = generate(model, [prompts[i][0] + given for i in open_], end, 160)
+        still = []
+        for i, generated in zip(open_, outs, strict=True):
+            ids, first = prompts[i]
+            outcome, turn = outcomes[i], todo[i].turn
+            out = given + generated
+            outcome.outputs.append(out)
+            want = reply(codec, turn, index, first, thinking)
+            outcome.reply_ok &= out == want
+            tail = out[out.index(close) :] if close in out else None
+            right = tail == want[want.index(close) :]
+            if index + 1 == len(turn.steps):
+                outcome.answer_ok = right
+            elif right:
+                more = out + tool_results(codec, turn, index, first)
+                prompts[i] = (ids + more, first + len(turn.steps[index].calls))
+                still.append(i)
+            else:
+                outcome.reply_ok = False
+        open_, index = still, index + 1
+    return outcomes
+
+
+def show(codec: Codec, outcome: Outcome) -> str:
+    """One line: the question and what the model made of it."""
+    made = " || ".join(codec.decode(o) for o in outcome.outputs)
+    return f"{outcome.problem.turn.user!r} -> {made}"
+
+
+__all__ = ["FAMILIES", "Outcome", "Problem", "problems", "run", "show"]
