@@ -1,0 +1,167 @@
+"""Inner loops over INT4 weights in the published nibble order, and the activations they want.
+
+A byte of a row holds elements 2b (low nibble) and 2b + 1 (high nibble), stored as q + 8. So 64
+bytes are 4 groups of 32 elements: masking gives 64 even elements, shifting 64 odd ones, and
+only the activations have to be de-interleaved, once per vector. With u = q + 8 unsigned,
+dot(q, x) = dot(u, x) - 8 sum(x), and the accumulators simply start at -8 sum(x).
+
+Packed activations, per token and 512 elements (`PACK_BYTES`; zeros pad the last part):
+    4 x [64 even int8 | 64 odd int8 | 16 int32: -8 * the sum of a lane's 8 activations]
+    16 float32 scales, one a group of 32
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from kimi_cpu.kernels.isa import jit
+from kimi_cpu.kernels.simd import FLOAT, I8, I16, I32, LANES, Emit, F32x16, I32x16, const, vec
+
+PACK_ELEMENTS = 512
+PACK_BYTES = 4 * 192 + 64
+PREFETCH_BYTES = 1024
+
+
+def packed_bytes(d: int) -> int:
+    """Bytes of one token's packed activations of d elements."""
+    return -(-d // PACK_ELEMENTS) * PACK_BYTES
+
+
+def emit_dot_q8(
+    e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any
+) -> list[list[Any]]:
+    """Accumulators [R][C] of int4 w[r] . packed int8 x[c], d a multiple of 32."""
+    acc = [[e.variable(const(F32x16, 0.0)) for _ in x] for _ in w]
+    nibble = const(vec(I8, 64), 15)
+    four = const(vec(I8, 64), 4)
+
+    def part(i: Any, groups_left: Any = None) -> None:
+        """512 elements; with groups_left, only that many groups of every row exist."""
+        x_at = [e.add(x_c, e.mul(i, PACK_BYTES)) for x_c in x]
+        w_at = [e.add(w_r, e.mul(i, PACK_ELEMENTS // 2)) for w_r in w]
+        s_at = [e.add(s_r, e.mul(i, PACK_ELEMENTS // 16)) for s_r in scale]
+        x_scale = [e.load(F32x16, at, 4 * 192) for at in x_at]
+        products = []  # weight scale times activation scale, a lane per group
+        for s_r in s_at:
+            if groups_left is None:
+                bits = e.load(vec(I16), s_r)
+            else:
+                bits = e.load_masked(vec(I16), s_r, e.lanes_below(groups_left))
+            w_scale = e.bf16(bits)
+            products.append([e.b.fmul(w_scale, s) for s in x_scale])
+        for block in range(4):
+            if groups_left is None:
+                blocks(block, x_at, w_at, products)
+                continue
+            left = e.b.sub(groups_left, e.i64(4 * block))
+            with e.b.if_then(e.b.icmp_signed(">", left, e.i64(0))):
+                blocks(block, x_at, w_at, products, e.lanes_below(e.mul(left, 4)))
+
+    def blocks(block: int, x_at: Any, w_at: Any, products: Any, mask: Any = None) -> None:
+        lanes = [4 * block + lane // 4 for lane in range(LANES)]
+        weights = []
+        for at in w_at:
+            if mask is None:
+                if len(x) == 1:
+                    e.prefetch(at, PREFETCH_BYTES + 64 * block)
+                raw = e.load(vec(I8, 64), at, 64 * block)
+            else:
+                words = e.load_masked(I32x16, e.add(at, 64 * block), mask)
+                raw = e.b.bitcast(words, vec(I8, 64))
+            weights.append((e.b.and_(raw, nibble), e.b.lshr(raw, four)))
+        for c, at in enumerate(x_at):
+            even = e.load(vec(I8, 64), at, 192 * block)
+            odd = e.load(vec(I8, 64), at, 192 * block + 64)
+            start = e.load(I32x16, at, 192 * block + 128)
+            for r, (low, high) in enumerate(weights):
+                total = e.b.sitofp(e.dot_u4_s8(start, low, even, high, odd), F32x16)
+                scales = e.shuffle(products[r][c], products[r][c], lanes)
+                e.set(acc[r][c], e.fma(total, scales, e.get(acc[r][c])))
+
+    n_parts = e.b.sdiv(d, e.i64(PACK_ELEMENTS))
+    with e.loop(0, n_parts) as i:
+        part(i)
+    groups_left = e.b.sdiv(e.b.srem(d, e.i64(PACK_ELEMENTS)), e.i64(32))
+    with e.b.if_then(e.b.icmp_signed(">", groups_left, e.i64(0))):
+        part(n_parts, groups_left)
+    return acc
+
+
+def emit_dot_f32(
+    e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any
+) -> list[list[Any]]:
+    """Accumulators [R][C] of int4 w[r] . float32 x[c], d a multiple of 32; exact weights."""
+    acc = [[e.variable(const(F32x16, 0.0)) for _ in x] for _ in w]
+    bytes16 = vec(I8)
+    with e.loop(0, e.b.sdiv(d, e.i64(32))) as group:
+        x_vectors = [
+            [e.load(F32x16, e.add(x_c, e.mul(group, 128)), 64 * half) for half in range(2)]
+            for x_c in x
+        ]
+        for r, (w_r, s_r) in enumerate(zip(w, scale, strict=True)):
+            raw = e.load(bytes16, e.add(w_r, e.mul(group, 16)))
+            low = e.b.and_(raw, const(bytes16, 15))
+            high = e.b.lshr(raw, const(bytes16, 4))
+            bits = e.b.zext(e.load(I16, e.add(s_r, e.mul(group, 2))), I32)
+            s = e.splat(e.b.bitcast(e.b.shl(bits, const(I32, 16)), FLOAT))
+            minus_8s = e.b.fmul(s, const(F32x16, -8.0))
+            for half in range(2):
+                natural = [8 * half + i // 2 + 16 * (i % 2) for i in range(16)]
+                u = e.b.uitofp(e.b.zext(e.shuffle(low, high, natural), I32x16), F32x16)
+                values = e.fma(u, s, minus_8s)  # (u - 8) s is exact in float32
+                for c in range(len(x)):
+                    e.set(acc[r][c], e.fma(values, x_vectors[c][half], e.get(acc[r][c])))
+    return acc
+
+
+@intrinsic
+def _pack_group(typingctx: Any, x: Any, block: Any, scale: Any, slot: Any) -> Any:
+    """Quantise 32 float32 at x into place `slot` (0..3) of a packed block, scale to `scale`."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e, b = Emit(builder), builder
+        x, block, scale, slot = args
+        halves = [e.load(F32x16, x, 0), e.load(F32x16, x, 64)]
+        sign = const(I32x16, 0x7FFFFFFF)
+        absolute = [b.bitcast(b.and_(b.bitcast(h, I32x16), sign), F32x16) for h in halves]
+        largest = e.max(e.maximum(*absolute))
+        positive = b.fcmp_ordered(">", largest, const(FLOAT, 0.0))
+        inverse = b.select(
+            positive, b.fdiv(const(FLOAT, 127.0), largest), const(FLOAT, 0.0)
+        )
+        e.store(b.fmul(largest, const(FLOAT, 1 / 127)), scale)
+        q = [
+            b.trunc(b.fptosi(e.round(b.fmul(h, e.splat(inverse))), I32x16), vec(I8))
+            for h in halves
+        ]
+        even = e.shuffle(q[0], q[1], range(0, 32, 2))
+        odd = e.shuffle(q[0], q[1], range(1, 32, 2))
+        at = e.add(block, e.mul(slot, 16))
+        e.store(even, at)
+        e.store(odd, at, 64)
+        pairs = b.add(b.sext(even, I32x16), b.sext(odd, I32x16))
+        four = [e.shuffle(pairs, pairs, range(i, 16, 4)) for i in range(4)]
+        sums = b.add(b.add(four[0], four[1]), b.add(four[2], four[3]))
+        e.store(b.mul(sums, const(vec(I32, 4), -8)), at, 128)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@jit
+def pack_rows(x, d, out, start, stop, first, last):  # type: ignore[no-untyped-def]
+    """Pack the elements [first, last) (multiples of 32) of the rows start .. stop-1 of x [T, d].
+
+    out must be zero beyond d, where the last part is padded.
+    """
+    row_bytes = (d + PACK_ELEMENTS - 1) // PACK_ELEMENTS * PACK_BYTES
+    for t in range(start, stop):
+        for g in range(first // 32, last // 32):
+            part = out + t * row_bytes + g // 16 * PACK_BYTES
+            _pack_group(
+                x + (t * d + g * 32) * 4, part + g % 16 // 4 * 192, part + 768 + g % 16 * 4, g % 4
+            )

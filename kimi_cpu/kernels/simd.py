@@ -1,0 +1,287 @@
+"""A small vocabulary of 16-lane vector operations, written as LLVM IR.
+
+Numba's own loops run these kernels 15 times too slow, so the hot loops are emitted directly:
+`Emit` wraps llvmlite's builder with logical vectors of 16 float32 / int32 lanes (64 int8 lanes),
+which LLVM maps to one 512-bit, two 256-bit or four 128-bit registers. Only the int8 dot product
+and the fused multiply-add differ between instruction sets. Memory is addressed by integers
+(the kernels' arguments are plain addresses), every load allows any alignment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from kimi_cpu.kernels.isa import LLVM_MAJOR, VARIANT
+
+LANES = 16
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+FLOAT = ir.FloatType()
+POINTER = ir.PointerType()
+
+
+def vec(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+F32x16, I32x16 = vec(FLOAT), vec(I32)
+
+
+def const(ty: ir.Type, value: float | int) -> ir.Constant:
+    """A scalar constant, or a vector constant with all lanes equal."""
+    if isinstance(ty, ir.VectorType):
+        return ir.Constant(ty, [ir.Constant(ty.element, value)] * ty.count)
+    return ir.Constant(ty, value)
+
+
+class Emit:
+    """Writes vector code at the builder's position; addresses are i64 values."""
+
+    def __init__(self, builder: ir.IRBuilder) -> None:
+        self.b = builder
+
+    # Integers
+
+    def i64(self, value: Any) -> Any:
+        return ir.Constant(I64, value) if isinstance(value, int) else value
+
+    def add(self, a: Any, b: Any) -> Any:
+        return self.b.add(self.i64(a), self.i64(b))
+
+    def mul(self, a: Any, b: Any) -> Any:
+        return self.b.mul(self.i64(a), self.i64(b))
+
+    def min(self, a: Any, b: Any) -> Any:
+        a, b = self.i64(a), self.i64(b)
+        return self.b.select(self.b.icmp_signed("<", a, b), a, b)
+
+    # Memory
+
+    def load(self, ty: ir.Type, addr: Any, offset: int = 0) -> Any:
+        if offset:
+            addr = self.add(addr, offset)
+        return self.b.load(self.b.inttoptr(addr, POINTER), typ=ty, align=1)
+
+    def store(self, value: Any, addr: Any, offset: int = 0) -> None:
+        if offset:
+            addr = self.add(addr, offset)
+        self.b.store(value, self.b.inttoptr(addr, POINTER), align=1)
+
+    def prefetch(self, addr: Any, ahead: int) -> None:
+        """Ask for the cache line `ahead` bytes further on; harmless outside any mapping."""
+        self.call("llvm.prefetch.p0", ir.VoidType(), [
+            self.b.inttoptr(self.add(addr, ahead), POINTER),
+            const(I32, 0), const(I32, 2), const(I32, 1),
+        ])  # fmt: skip
+
+    def lanes_below(self, n: Any) -> Any:
+        """<16 x i1>: lane i is set if i < n (an i64 within 32 bits, may be negative)."""
+        lanes = ir.Constant(I32x16, [ir.Constant(I32, i) for i in range(LANES)])
+        return self.b.icmp_signed("<", lanes, self.splat(self.b.trunc(self.i64(n), I32)))
+
+    def load_masked(self, ty: ir.VectorType, addr: Any, mask: Any) -> Any:
+        """Lanes outside the mask are zero and their memory is not touched."""
+        suffix = f"v{ty.count}{'f32' if ty.element == FLOAT else f'i{ty.element.width}'}"
+        return self.call(f"llvm.masked.load.{suffix}.p0", ty, [
+            self.b.inttoptr(addr, POINTER), const(I32, 1), mask, const(ty, 0),
+        ])  # fmt: skip
+
+    def store_masked(self, value: Any, addr: Any, mask: Any) -> None:
+        self.call("llvm.masked.store.v16f32.p0", ir.VoidType(), [
+            value, self.b.inttoptr(addr, POINTER), const(I32, 1), mask,
+        ])  # fmt: skip
+
+    # Control
+
+    @contextlib.contextmanager
+    def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Any]:
+        """`for i in range(start, stop, step)`; yields i."""
+        with cgutils.for_range_slice(
+            self.b, self.i64(start), self.i64(stop), self.i64(step), I64
+        ) as (index, _):
+            yield index
+
+    def variable(self, initial: Any) -> Any:
+        """A mutable value (LLVM promotes it to a register); use get and set."""
+        slot = cgutils.alloca_once(self.b, initial.type)
+        self.b.store(initial, slot)
+        return slot
+
+    def get(self, slot: Any) -> Any:
+        return self.b.load(slot)
+
+    def set(self, slot: Any, value: Any) -> None:
+        self.b.store(value, slot)
+
+    def call(self, name: str, result: ir.Type, args: Sequence[Any]) -> Any:
+        function = cgutils.get_or_insert_function(
+            self.b.module, ir.FunctionType(result, [a.type for a in args]), name
+        )
+        return self.b.call(function, args)
+
+    # Float vectors
+
+    def splat(self, scalar: Any) -> Any:
+        ty = vec(scalar.type)
+        one = self.b.insert_element(ir.Constant(ty, ir.Undefined), scalar, const(I32, 0))
+        return self.shuffle(one, one, [0] * LANES)
+
+    def shuffle(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:
+        mask = ir.Constant(vec(I32, len(lanes)), [ir.Constant(I32, i) for i in lanes])
+        return self.b.shuffle_vector(a, b, mask)
+
+    def fma(self, a: Any, b: Any, c: Any) -> Any:
+        """a * b + c: one instruction, or two where there is no fused one."""
+        name = "llvm.fmuladd.v16f32" if VARIANT == "portable" else "llvm.fma.v16f32"
+        return self.call(name, F32x16, [a, b, c])
+
+    def select(self, mask: Any, a: Any, b: Any) -> Any:
+        return self.b.select(mask, a, b)
+
+    def maximum(self, a: Any, b: Any) -> Any:
+        return self.b.select(self.b.fcmp_ordered(">", a, b), a, b)
+
+    def minimum(self, a: Any, b: Any) -> Any:
+        return self.b.select(self.b.fcmp_ordered("<", a, b), a, b)
+
+    def _fold(self, v: Any, combine: Any) -> Any:
+        """Combine the 16 lanes pairwise, always in the same order -> scalar."""
+        half = LANES // 2
+        while half:
+            v = combine(
+                self.shuffle(v, v, range(half)), self.shuffle(v, v, range(half, 2 * half))
+            )
+            half //= 2
+        return self.b.extract_element(v, const(I32, 0))
+
+    def sum(self, v: Any) -> Any:
+        return self._fold(v, self.b.fadd)
+
+    def max(self, v: Any) -> Any:
+        return self._fold(v, self.maximum)
+
+    def bf16(self, bits: Any) -> Any:
+        """<16 x i16> bf16 bits -> <16 x float>, exact."""
+        wide = self.b.shl(self.b.zext(bits, I32x16), const(I32x16, 16))
+        return self.b.bitcast(wide, F32x16)
+
+    def round(self, v: Any) -> Any:
+        """Nearest integer, ties to even, for |v| < 2^22: adding 1.5 * 2^23 drops the fraction."""
+        magic = const(F32x16, 12582912.0)
+        return self.b.fsub(self.b.fadd(v, magic), magic)
+
+    def exp(self, v: Any) -> Any:
+        """e^v within 2 units in the last place; v is clamped to [-87, 88]."""
+        v = self.minimum(self.maximum(v, const(F32x16, -87.0)), const(F32x16, 88.0))
+        k = self.round(self.b.fmul(v, const(F32x16, 1.44269504)))
+        # ln 2 in two parts, the first exact in k * ln2
+        r = self.fma(k, const(F32x16, -0.693359375), v)
+        r = self.fma(k, const(F32x16, 2.12194440e-4), r)
+        p = const(F32x16, 1.9875691500e-4)
+        for coefficient in (
+            1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 0.5,
+        ):  # fmt: skip
+            p = self.fma(p, r, const(F32x16, coefficient))
+        p = self.fma(self.b.fmul(p, r), r, self.b.fadd(r, const(F32x16, 1.0)))
+        exponent = self.b.add(self.b.fptosi(k, I32x16), const(I32x16, 127))
+        scale = self.b.bitcast(self.b.shl(exponent, const(I32x16, 23)), F32x16)
+        return self.b.fmul(p, scale)
+
+    # Integer dot product
+
+    def dot_u4_s8(self, total: Any, low: Any, even: Any, high: Any, odd: Any) -> Any:
+        """total + dot(low, even) + dot(high, odd), four products to a lane.
+
+        total <16 x i32>; low, high <64 x i8> unsigned up to 15; even, odd <64 x i8> signed.
+        """
+        if VARIANT == "avx512vnni":
+            name = "llvm.x86.avx512.vpdpbusd.512"
+            for u, s in ((low, even), (high, odd)):
+                if LLVM_MAJOR < 22:
+                    u, s = self.b.bitcast(u, I32x16), self.b.bitcast(s, I32x16)
+                total = self.call(name, I32x16, [total, u, s])
+            return total
+        if VARIANT == "avx2":
+            parts = []
+            for half in (range(32), range(32, 64)):
+                pairs = [
+                    self.call("llvm.x86.avx2.pmadd.ub.sw", vec(I16, 16), [
+                        self.shuffle(u, u, half), self.shuffle(s, s, half),
+                    ])
+                    for u, s in ((low, even), (high, odd))
+                ]  # fmt: skip
+                # At most 4 * 15 * 127 = 7620: no 16-bit overflow
+                both = self.b.add(pairs[0], pairs[1])
+                parts.append(self.call("llvm.x86.avx2.pmadd.wd", vec(I32, 8), [
+                    both, const(vec(I16, 16), 1),
+                ]))  # fmt: skip
+            return self.b.add(total, self.shuffle(parts[0], parts[1], range(16)))
+        wide = vec(I16, 64)
+        products = self.b.add(
+            self.b.mul(self.b.zext(low, wide), self.b.sext(even, wide)),
+            self.b.mul(self.b.zext(high, wide), self.b.sext(odd, wide)),
+        )
+        for i in range(4):
+            lane = self.shuffle(products, products, range(i, 64, 4))
+            total = self.b.add(total, self.b.sext(lane, I32x16))
+        return total
+
+
+# What Numba code itself needs to touch memory by address.
+
+
+@intrinsic
+def load_f32(typingctx: Any, addr: Any) -> Any:
+    """float32 at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return Emit(builder).load(FLOAT, args[0])
+
+    return types.float32(types.int64), codegen
+
+
+@intrinsic
+def store_f32(typingctx: Any, addr: Any, value: Any) -> Any:
+    """Write a float32 to an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        Emit(builder).store(args[1], args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
+
+
+@intrinsic
+def load_i32(typingctx: Any, addr: Any) -> Any:
+    """int32 at an address, as int64."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.sext(Emit(builder).load(I32, args[0]), I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def store_i32(typingctx: Any, addr: Any, value: Any) -> Any:
+    """Write the low 32 bits of an int64 to an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        Emit(builder).store(builder.trunc(args[1], I32), args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@intrinsic
+def load_i64(typingctx: Any, addr: Any) -> Any:
+    """int64 at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return Emit(builder).load(I64, args[0])
+
+    return types.int64(types.int64), codegen
