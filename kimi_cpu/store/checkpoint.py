@@ -16,7 +16,8 @@ from typing import Any, cast
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.config import ModelConfig, load_json_object, shown
+from kimi_cpu.config import ModelConfig
+from kimi_cpu.config.reader import load_json_object, shown
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import F32, U16, Int4Weight, Weight
 from kimi_cpu.store.layout import PROJECTIONS

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.config import parse_json_object, shown
+from kimi_cpu.config.reader import parse_json_object, shown
 from kimi_cpu.errors import CheckpointError
 
 #: The format's own limit on the header, which also bounds what a hostile file can make us parse.

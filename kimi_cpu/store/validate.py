@@ -5,7 +5,8 @@ from __future__ import annotations
 from itertools import chain
 from pathlib import Path
 
-from kimi_cpu.config import ModelConfig, shown
+from kimi_cpu.config import ModelConfig
+from kimi_cpu.config.reader import shown
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import GROUP_SIZE
 from kimi_cpu.store.layout import expert_linears, trunk_linears, vectors

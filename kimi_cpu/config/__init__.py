@@ -13,9 +13,7 @@ One constant is not in the file: the published code normalises `q_a_layernorm` a
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +22,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.errors import ConfigError, UserError
+from kimi_cpu.config.reader import Reader, load_json_object, short
+from kimi_cpu.errors import ConfigError
 
 #: eps of `q_a_layernorm` and `kv_a_layernorm` in the published code, whatever the config says.
 LATENT_NORM_EPS = 1e-6
 
-_MAX_JSON_BYTES = 16 << 20
 _TEXT_MODEL_TYPES = ("kimi_k2", "deepseek_v3")
 _WRAPPER_MODEL_TYPES = ("kimi_k25",)
 _ARCHITECTURES = (
@@ -46,70 +44,6 @@ _OTHER_ARCHITECTURES = {
     "deepseek_v32": "DeepSeek V3.2 uses sparse attention",
     "deepseek_v4": "DeepSeek V4 is another architecture",
 }
-
-#: Keys that change nothing in what is computed here: training, generation defaults (the sampler
-#: has its own), bookkeeping of transformers, and classification labels.
-_HARMLESS = """
-_attn_implementation _attn_implementation_autoset _commit_hash _name_or_path architectures
-attention_dropout attn_implementation auto_map aux_loss_alpha bad_words_ids begin_suppress_tokens
-decoder_start_token_id diversity_penalty do_sample dtype early_stopping
-encoder_no_repeat_ngram_size ep_size experts_implementation exponential_decay_length_penalty
-finetuning_task forced_bos_token_id forced_eos_token_id id2label ignore_index initializer_range
-is_decoder label2id length_penalty max_length media_placeholder_token_id min_length
-no_repeat_ngram_size num_beam_groups num_beams num_labels num_return_sequences output_attentions
-output_hidden_states output_router_logits output_scores pad_token_id prefix pretraining_tp
-problem_type remove_invalid_values repetition_penalty return_dict return_dict_in_generate
-sep_token_id seq_aux suppress_tokens task_specific_params temperature tf_legacy_loss
-tokenizer_class top_k top_p torch_dtype torchscript transformers_version typical_p unsloth_version
-use_bfloat16 use_cache use_unified_vision_chunk video_placeholder vision_config
-"""
-_HARMLESS_KEYS = frozenset(_HARMLESS.split())
-
-
-def parse_json_object(
-    data: bytes, where: str, error: type[UserError], hint: str = ""
-) -> dict[str, Any]:
-    """Strict JSON: one object, UTF-8, no duplicate keys, no NaN or Infinity.
-
-    Raises `error` naming `where`, whatever the bytes are.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            counts = Counter(key for key, _ in pairs)
-            twice = counts.most_common(1)[0][0]
-            raise error(f"{where}: key {twice[:80]!r} appears twice", hint)
-        return result
-
-    def constant(text: str) -> Any:
-        raise error(f"{where}: {text} is not a JSON number", hint)
-
-    try:
-        value = json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
-    except RecursionError:
-        raise error(f"{where}: JSON is nested too deeply", hint) from None
-    except ValueError as exc:  # also UnicodeDecodeError and over-long integers
-        raise error(f"{where}: not valid JSON ({exc})", hint) from None
-    if not isinstance(value, dict):
-        raise error(f"{where}: expected a JSON object, found {type(value).__name__}", hint)
-    return value
-
-
-def load_json_object(
-    path: Path, error: type[UserError], hint: str = "", max_bytes: int = _MAX_JSON_BYTES
-) -> dict[str, Any]:
-    """Read a file as one strict JSON object; raises `error` naming the file."""
-    if not path.is_file():
-        raise error(f"{path}: no such file", hint)
-    try:
-        with path.open("rb") as file:
-            data = file.read(max_bytes + 1)
-    except OSError as exc:
-        raise error(f"{path}: cannot be read ({exc.strerror or exc})", hint) from None
-    if len(data) > max_bytes:
-        raise error(f"{path}: larger than {max_bytes} bytes", hint)
-    return parse_json_object(data, str(path), error, hint)
 
 
 @dataclass(frozen=True)
@@ -237,24 +171,8 @@ class ModelConfig:
         `generation` is the parsed `generation_config.json`; only its `eos_token_id` is used.
         Raises ConfigError.
         """
-        prefix = ""
-        _check_model_type(values, where)
-        outer: Mapping[str, Any] = {}
-        if values["model_type"] in _WRAPPER_MODEL_TYPES:
-            text = values.get("text_config")
-            if not isinstance(text, dict):
-                raise ConfigError(
-                    f"{where}: text_config is missing or no object",
-                    "A kimi_k25 checkpoint keeps the language model's keys there.",
-                )
-            outer, values, prefix = values, text, "language_model."
-            where = f"{where} (text_config)"
-            _check_model_type(values, where)
-            if values["model_type"] in _WRAPPER_MODEL_TYPES:
-                raise ConfigError(f"{where}: model_type is a wrapper again", "Fix config.json.")
-        reader = _Reader(values, where)
         try:
-            return _read(reader, outer, prefix, generation or {}, generation_where)
+            return _unwrap_and_read(values, generation or {}, where, generation_where)
         except RecursionError:
             raise ConfigError(f"{where}: a value is nested too deeply") from None
 
@@ -274,97 +192,52 @@ def _check_model_type(values: Mapping[str, Any], where: str) -> None:
         if isinstance(model_type, str):
             reason = _OTHER_ARCHITECTURES.get(model_type, reason)
         raise ConfigError(
-            f"{where}: model_type {_short(model_type)} is not supported: {reason}", hint
+            f"{where}: model_type {short(model_type)} is not supported: {reason}", hint
         )
     for name in architectures if isinstance(architectures, list) else [architectures]:
         if name not in _ARCHITECTURES:
             reason = _OTHER_ARCHITECTURES["kimi_k3"] if "K3" in str(name) else "unknown"
             raise ConfigError(
-                f"{where}: architectures: {_short(name)} is not supported: {reason}", hint
+                f"{where}: architectures: {short(name)} is not supported: {reason}", hint
             )
 
 
-def _short(value: Any) -> str:
-    """A value for an error message: on one line, escaped, not too long."""
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+#: Keys of the `kimi_k25` wrapper that count; the text model's own numbers stand in text_config.
+_OUTER_KEYS = {
+    "bos_token_id",
+    "eos_token_id",
+    "model_type",
+    "quantization_config",
+    "text_config",
+    "tie_word_embeddings",
+}
 
 
-def shown(name: str) -> str:
-    """A name from a file for an error message: as it is, or escaped if it is odd."""
-    return name if name.isprintable() and len(name) <= 200 else ascii(name[:200])
-
-
-def _is_off(value: Any) -> bool:
-    """True for values that switch a feature off: null, false, 0, "", [] and {}."""
-    return not value
-
-
-class _Reader:
-    """Takes keys out of a config one by one, and knows at the end which were never taken."""
-
-    def __init__(self, values: Mapping[str, Any], where: str) -> None:
-        self.values = values
-        self.where = where
-        self.taken: set[str] = set()
-
-    def fail(self, key: str, problem: str, hint: str = "") -> ConfigError:
-        return ConfigError(f"{self.where}: {shown(key)} {problem}", hint)
-
-    def get(self, key: str, default: Any = None) -> Any:
-        self.taken.add(key)
-        return self.values.get(key, default)
-
-    def need(self, key: str) -> Any:
-        if key not in self.values:
-            raise self.fail(key, "is missing", "Use the checkpoint's own, complete config.json.")
-        return self.get(key)
-
-    def integer(self, key: str, low: int, high: int) -> int:
-        value = self.need(key)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-            raise self.fail(key, f"= {_short(value)} is no integer from {low} to {high}")
-        return value
-
-    def number(self, key: str, low: float, high: float) -> float:
-        value = self.need(key)
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise self.fail(key, f"= {_short(value)} is no number")
-        if not low <= value <= high:
-            raise self.fail(key, f"= {_short(value)} lies outside {low:g} to {high:g}")
-        return float(value)
-
-    def flag(self, key: str) -> bool:
-        value = self.need(key)
-        if not isinstance(value, bool):
-            raise self.fail(key, f"= {_short(value)} is neither true nor false")
-        return value
-
-    def only(self, key: str, allowed: Any, reason: str) -> None:
-        """Accept a missing key or `allowed`; refuse any other value with `reason`."""
-        value = self.get(key, allowed)
-        if type(value) is not type(allowed) or value != allowed:
-            raise self.fail(
-                key,
-                f"= {_short(value)} is not supported: {reason}",
-                f"Only {key} = {json.dumps(allowed)} is implemented.",
-            )
-
-    def finish(self) -> None:
-        """Refuse keys that were neither read nor known to be harmless, unless they are off."""
-        for key, value in self.values.items():
-            if key in self.taken or key in _HARMLESS_KEYS or _is_off(value):
-                continue
-            raise self.fail(
-                key,
-                f"= {_short(value)} is not understood and could change the computation",
-                "If you know that it does not, remove the key from config.json (or set it to "
-                "null); otherwise this engine cannot run the model.",
-            )
+def _unwrap_and_read(
+    values: Mapping[str, Any], generation: Mapping[str, Any], where: str, generation_where: str
+) -> ModelConfig:
+    _check_model_type(values, where)
+    if values["model_type"] not in _WRAPPER_MODEL_TYPES:
+        return _read(Reader(values, where), {}, "", generation, generation_where)
+    text = values.get("text_config")
+    if not isinstance(text, dict):
+        raise ConfigError(
+            f"{where}: text_config is missing or no object",
+            "A kimi_k25 checkpoint keeps the language model's keys there.",
+        )
+    outer = Reader(values, where)
+    outer.taken |= _OUTER_KEYS
+    outer.finish()
+    text_where = f"{where} (text_config)"
+    _check_model_type(text, text_where)
+    if text["model_type"] in _WRAPPER_MODEL_TYPES:
+        raise ConfigError(f"{text_where}: model_type is a wrapper again", "Fix config.json.")
+    reader = Reader(text, text_where)
+    return _read(reader, values, "language_model.", generation, generation_where)
 
 
 def _read(
-    reader: _Reader,
+    reader: Reader,
     outer: Mapping[str, Any],
     prefix: str,
     generation: Mapping[str, Any],
@@ -376,7 +249,7 @@ def _read(
     if kv_heads is not None and kv_heads != heads:
         raise reader.fail(
             "num_key_value_heads",
-            f"= {_short(kv_heads)} differs from num_attention_heads = {heads}",
+            f"= {short(kv_heads)} differs from num_attention_heads = {heads}",
             "Latent attention has as many key heads as query heads; fix config.json.",
         )
     q_lora_rank = None
@@ -389,15 +262,13 @@ def _read(
     for key, derived in (("head_dim", rope_dim), ("qk_head_dim", nope_dim + rope_dim)):
         value = reader.get(key)
         if value is not None and value != derived:
-            raise reader.fail(
-                key, f"= {_short(value)} contradicts the other head sizes ({derived})"
-            )
+            raise reader.fail(key, f"= {short(value)} contradicts the other head sizes ({derived})")
 
     experts = reader.integer("n_routed_experts", 1, 1 << 16)
     alias = reader.get("num_local_experts")
     if alias is not None and alias != experts:
         raise reader.fail(
-            "num_local_experts", f"= {_short(alias)} contradicts n_routed_experts = {experts}"
+            "num_local_experts", f"= {short(alias)} contradicts n_routed_experts = {experts}"
         )
     shared = 0
     if reader.need("n_shared_experts") is not None:
@@ -424,10 +295,10 @@ def _read(
     reader.only("attention_bias", False, "biases of the attention projections are not read")
     reader.only("rope_interleave", True, "rotary pairs must be interleaved, as published")
 
-    bos = reader.get("bos_token_id", outer.get("bos_token_id"))
     vocab_size = reader.integer("vocab_size", 1, 1 << 24)
-    if bos is not None:
-        (bos,) = _token_ids(bos, vocab_size, "bos_token_id", reader.where)
+    bos = None
+    if reader.get("bos_token_id") is not None:
+        bos = reader.integer("bos_token_id", 0, vocab_size - 1)
     eos: list[int] = []
     for source, where in ((generation, generation_where), (reader.values, reader.where)):
         eos += _token_ids(source.get("eos_token_id"), vocab_size, "eos_token_id", where)
@@ -477,22 +348,7 @@ def _read(
         quantized=quantized,
     )
     reader.finish()
-    if outer:
-        outer_reader = _Reader(outer, reader.where.removesuffix(" (text_config)"))
-        outer_reader.taken |= _OUTER_KEYS
-        outer_reader.finish()
     return config
-
-
-#: Keys of the `kimi_k25` wrapper that `_read` looks at itself.
-_OUTER_KEYS = {
-    "bos_token_id",
-    "eos_token_id",
-    "model_type",
-    "quantization_config",
-    "text_config",
-    "tie_word_embeddings",
-}
 
 
 def _token_ids(value: Any, vocab_size: int, key: str, where: str) -> list[int]:
@@ -500,32 +356,32 @@ def _token_ids(value: Any, vocab_size: int, key: str, where: str) -> list[int]:
     for token in ids:
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
             raise ConfigError(
-                f"{where}: {key} = {_short(value)} is no token id below vocab_size = {vocab_size}"
+                f"{where}: {key} = {short(value)} is no token id below vocab_size = {vocab_size}"
             )
     return list(ids)
 
 
-def _read_tie(reader: _Reader, outer: Mapping[str, Any]) -> bool:
+def _read_tie(reader: Reader, outer: Mapping[str, Any]) -> bool:
     values = [source.get("tie_word_embeddings") for source in (reader, outer)]
     for value in values:
         if value is not None and not isinstance(value, bool):
-            raise reader.fail("tie_word_embeddings", f"= {_short(value)} is neither true nor false")
+            raise reader.fail("tie_word_embeddings", f"= {short(value)} is neither true nor false")
     given = {v for v in values if v is not None}
     if len(given) > 1:
         raise reader.fail("tie_word_embeddings", "differs between text_config and the outer config")
     return True in given
 
 
-def _read_rope(reader: _Reader) -> tuple[float, YarnScaling | None]:
+def _read_rope(reader: Reader) -> tuple[float, YarnScaling | None]:
     """Both spellings: `rope_theta` + `rope_scaling`, and transformers 5's `rope_parameters`."""
     old, new = reader.get("rope_scaling"), reader.get("rope_parameters")
     key = "rope_scaling" if new is None else "rope_parameters"
     for name, value in (("rope_scaling", old), ("rope_parameters", new)):
         if value is not None and not isinstance(value, dict):
-            raise reader.fail(name, f"= {_short(value)} is no object")
+            raise reader.fail(name, f"= {short(value)} is no object")
     if new is not None and old and {**new, **old} != new:
         raise reader.fail("rope_scaling", "contradicts rope_parameters", "Keep one of the two.")
-    rope = _Reader((old if new is None else new) or {}, f"{reader.where}: {key}")
+    rope = Reader((old if new is None else new) or {}, f"{reader.where}: {key}")
     thetas = [
         source.number("rope_theta", 1.001, 1e12)
         for source in (reader, rope)
@@ -539,28 +395,29 @@ def _read_rope(reader: _Reader) -> tuple[float, YarnScaling | None]:
     kinds = [rope.get(name) for name in ("type", "rope_type") if rope.values.get(name) is not None]
     kind = kinds[0] if kinds else "default"
     if kinds and kinds[-1] != kind:
-        raise rope.fail("type", f"= {_short(kind)} contradicts rope_type = {_short(kinds[-1])}")
+        raise rope.fail("type", f"= {short(kind)} contradicts rope_type = {short(kinds[-1])}")
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise rope.fail("partial_rotary_factor", "is not 1: all rotary dimensions are rotated")
     if kind == "default":
         rope.finish()
         return thetas[0], None
     if kind != "yarn":
-        raise rope.fail("type", f"= {_short(kind)} is not supported", "Only yarn is implemented.")
+        raise rope.fail("type", f"= {short(kind)} is not supported", "Only yarn is implemented.")
     return thetas[0], _read_yarn(rope)
 
 
-def _read_yarn(rope: _Reader) -> YarnScaling:
+def _read_yarn(rope: Reader) -> YarnScaling:
     def optional(name: str, default: float, low: float, high: float) -> float:
         return default if rope.get(name) is None else rope.number(name, low, high)
 
     mscale = optional("mscale", 1.0, 0.0, 100.0)
     mscale_all_dim = optional("mscale_all_dim", 0.0, 0.0, 100.0)
-    if (mscale == 0) != (mscale_all_dim == 0) and mscale != 1:
+    given = rope.values.get("mscale")
+    if (mscale_all_dim and not given) or (not mscale_all_dim and mscale != 1):
         # The published code and transformers compute different scales from such a pair.
         raise rope.fail(
             "mscale",
-            f"= {mscale:g} with mscale_all_dim = {mscale_all_dim:g} is ambiguous",
+            f"= {short(given)} with mscale_all_dim = {mscale_all_dim:g} is ambiguous",
             "Published K2 models set both to 1.",
         )
     rope.only("truncate", True, "correction dimensions are rounded, as published")
@@ -578,19 +435,18 @@ def _read_yarn(rope: _Reader) -> YarnScaling:
     return yarn
 
 
-def _read_quantization(reader: _Reader, outer: Mapping[str, Any]) -> bool:
+def _read_quantization(reader: Reader, outer: Mapping[str, Any]) -> bool:
     """True for compressed-tensors INT4 groups of 32; every other scheme is refused by name."""
-    configs = [
-        c for c in (reader.get("quantization_config"), outer.get("quantization_config")) if c
-    ]
+    found = (reader.get("quantization_config"), outer.get("quantization_config"))
+    configs = [value for value in found if value]
     for value in configs:
         if not isinstance(value, dict):
-            raise reader.fail("quantization_config", f"= {_short(value)} is no object")
-        _check_quantization(_Reader(value, f"{reader.where}: quantization_config"))
+            raise reader.fail("quantization_config", f"= {short(value)} is no object")
+        _check_quantization(Reader(value, f"{reader.where}: quantization_config"))
     return bool(configs)
 
 
-def _check_quantization(reader: _Reader) -> None:
+def _check_quantization(reader: Reader) -> None:
     method = reader.need("quant_method")
     if method == "fp8":
         raise reader.fail(
@@ -610,7 +466,7 @@ def _check_quantization(reader: _Reader) -> None:
     for name, group in groups.items():
         if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
             raise reader.fail("config_groups", f".{name} has no weights object")
-        inner = _Reader(group, f"{reader.where}.config_groups.{name}")
+        inner = Reader(group, f"{reader.where}.config_groups.{name}")
         inner.taken |= {"weights", "targets"}
         if inner.get("format") is not None:
             inner.only("format", "pack-quantized", "only packed INT4 is read")
@@ -618,7 +474,7 @@ def _check_quantization(reader: _Reader) -> None:
             if group.get(key) is not None:
                 raise inner.fail(key, "is set: quantised activations are not supported")
         inner.finish()
-        weights = _Reader(group["weights"], f"{inner.where}.weights")
+        weights = Reader(group["weights"], f"{inner.where}.weights")
         for key in ("num_bits", "group_size", "symmetric"):
             weights.need(key)
         weights.only("num_bits", 4, "only INT4 groups are read")
