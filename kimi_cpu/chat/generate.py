@@ -7,8 +7,8 @@ ToolCallEnd) as soon as they are certain and a `Result` last. It decides what ma
   `[BOS]`, media, reserved ids) are never sampled, so the model cannot forge a turn. What remains
   is what a reply is made of: `<think>`, `</think>`, the tool-call tokens (only when tools are
   declared) and the two that end it, `<|im_end|>` and `[EOS]`.
-- With thinking off (budget 0) the prompt is continued by `<think></think>`, as the template writes
-  an answer without reasoning, and neither token may come again.
+- With thinking off (budget 0) the prompt ends in `<think></think>`, as the template writes an
+  answer without reasoning (appended here if it is missing), and neither token may come again.
 - A reasoning that reaches its budget is closed by a forced `</think>`, and may not reopen.
 
 The token that ends a reply is neither stepped nor counted: the next prompt brings it.
@@ -24,15 +24,14 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_cpu.chat.parser import Content, Event, StreamParser, ToolCallEnd, ToolCallStart
+from kimi_cpu.chat.parser import Content, Event, StreamParser, ToolCallStart
 from kimi_cpu.errors import ContextError
 from kimi_cpu.sampling import Sampler, SamplingParams
 from kimi_cpu.tokenizer import Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"
-SECTION_BEGIN = "<|tool_calls_section_begin|>"
 TOOL_TOKENS = (
-    SECTION_BEGIN,
+    "<|tool_calls_section_begin|>",
     "<|tool_calls_section_end|>",
     "<|tool_call_begin|>",
     "<|tool_call_argument_begin|>",
@@ -141,12 +140,14 @@ def generate(
     params: SamplingParams,
     *,
     allow_tools: bool = False,
+    next_call_index: int = 0,
     cancelled: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Event | Result]:
     """Reply to `prompt_ids` (ending in the generation prompt) on `session`.
 
     allow_tools: tools are declared in the prompt, so calls may be made.
+    next_call_index: the conversation's, see `messages.Conversation`.
     cancelled: asked before each token and between chunks of the prompt; when true the reply ends
         at once with finish_reason "cancelled". The session is left at a token border, whether
         cancelled, abandoned or interrupted: the next `sync` works.
@@ -155,7 +156,8 @@ def generate(
     Raises ContextError when the prompt does not fit; a reply that fills the context ends with
     finish_reason "length".
     """
-    return _Reply(session, tokenizer, params, allow_tools, cancelled).run(prompt_ids, progress)
+    reply = _Reply(session, tokenizer, params, allow_tools, next_call_index, cancelled)
+    return reply.run(prompt_ids, progress)
 
 
 class _Reply:
@@ -165,6 +167,7 @@ class _Reply:
         tokenizer: Tokenizer,
         params: SamplingParams,
         allow_tools: bool,
+        next_call_index: int,
         cancelled: Callable[[], bool],
     ) -> None:
         self._session = session
@@ -173,18 +176,20 @@ class _Reply:
         self._cancelled = cancelled
         ids = tokenizer.special_tokens
         self._think = supports_thinking(tokenizer)
+        self._end_think = ids.get(END_THINK, -1)
         self._ends = {ids[name] for name in END_TOKENS if name in ids}
-        self._section_begin = ids.get(SECTION_BEGIN)
-        self._reasoning = self._think and params.thinking_budget != 0
+        self._reasons = self._think and params.thinking_budget != 0
         allowed = {*END_TOKENS}
-        if self._reasoning:
+        if self._reasons:
             allowed |= {THINK, END_THINK}
         if allow_tools:
             allowed |= {*TOOL_TOKENS}
         self._banned = [i for name, i in ids.items() if name not in allowed]
+        self._parser = StreamParser(
+            tokenizer, in_reasoning=self._reasons, next_call_index=next_call_index
+        )
         self._stop = StopMatcher(params.stop)
         self._content = ""
-        self._ended_calls: set[int] = set()
         self._started = time.perf_counter()
 
     def run(
@@ -193,7 +198,7 @@ class _Reply:
         prompt = self._continued(prompt_ids)
         cached = self._session.common_prefix(prompt)
         sampler = Sampler(self._params, prompt, self._banned)
-        parser = StreamParser(self._tokenizer, in_reasoning=self._reasoning)
+        parser = self._parser
         ids: list[int] = []
         n_reasoning = 0
         prompt_s = first_s = 0.0
@@ -224,7 +229,7 @@ class _Reply:
                 break
             ids.append(token)
             sampler.accept(token)
-            n_reasoning += self._count_reasoning(token)
+            n_reasoning += parser.in_reasoning and not self._tokenizer.is_control(token)
             stopped = yield from self._emit(parser.push(token))
             if stopped:
                 reason = "stop"
@@ -236,13 +241,11 @@ class _Reply:
                 except ContextError:  # no memory for a longer cache
                     reason = "length"
         stopped_inside = reason == "stop" and token not in self._ends
-        complete = set(self._ended_calls)  # before `finish` closes what was cut off
         if not stopped_inside:
             stopped_inside = yield from self._emit(parser.finish())
         if not stopped_inside:
             yield from self._certain(self._stop.flush())
-        cut = reason in ("length", "cancelled")
-        message = self._message(parser.message(), complete if cut else None)
+        message = self._message(cut=reason in ("length", "cancelled"))
         if reason == "stop" and message.get("tool_calls") and not stopped_inside:
             reason = "tool_calls"
         total_s = self._elapsed()
@@ -263,33 +266,19 @@ class _Reply:
     def _continued(self, prompt_ids: Sequence[int]) -> list[int]:
         """The prompt, with the reasoning closed beforehand when thinking is off."""
         prompt = list(prompt_ids)
-        if self._think and not self._reasoning:
-            ids = self._tokenizer.special_tokens
-            if not prompt or prompt[-1] != ids[THINK]:  # K2.5's template opens it itself
+        ids = self._tokenizer.special_tokens
+        if self._think and not self._reasons and prompt[-1:] != [self._end_think]:
+            if prompt[-1:] != [ids[THINK]]:  # K2.5's template opens it itself
                 prompt.append(ids[THINK])
-            prompt.append(ids[END_THINK])
+            prompt.append(self._end_think)
         return prompt
 
     def _next(self, sampler: Sampler, logits: NDArray[np.float32], n_reasoning: int) -> int:
         budget = self._params.thinking_budget
-        if self._reasoning and budget is not None and n_reasoning >= budget:
-            ids = self._tokenizer.special_tokens
-            sampler.ban(ids[THINK], ids[END_THINK])
-            return ids[END_THINK]
+        if self._parser.in_reasoning and budget is not None and n_reasoning >= budget:
+            sampler.ban(self._tokenizer.special_tokens[THINK], self._end_think)
+            return self._end_think
         return sampler.sample(logits)
-
-    def _count_reasoning(self, token: int) -> int:
-        """1 for a token of reasoning text; follows where the reasoning begins and ends."""
-        if not self._think:
-            return 0
-        ids = self._tokenizer.special_tokens
-        if token == ids[THINK]:
-            self._reasoning = True
-        elif token in (ids[END_THINK], self._section_begin):
-            self._reasoning = False
-        else:
-            return int(self._reasoning)
-        return 0
 
     def _emit(self, events: list[Event]) -> Generator[Event, None, bool]:
         """Yield events, watching the content for stop strings; returns whether one was found."""
@@ -302,8 +291,6 @@ class _Reply:
             else:
                 if isinstance(event, ToolCallStart):
                     yield from self._certain(self._stop.flush())
-                elif isinstance(event, ToolCallEnd):
-                    self._ended_calls.add(event.index)
                 yield event
         return False
 
@@ -312,15 +299,14 @@ class _Reply:
             self._content += text
             yield Content(text)
 
-    def _message(self, parsed: dict[str, Any], complete: set[int] | None) -> dict[str, Any]:
-        """The assistant message; of the calls only those complete, when that is given."""
+    def _message(self, cut: bool) -> dict[str, Any]:
+        """The assistant message; when the reply was cut, without the call that this broke."""
+        parsed = self._parser.message()
         message: dict[str, Any] = {"role": "assistant", "content": self._content or None}
         if parsed.get("reasoning_content"):
             message["reasoning_content"] = parsed["reasoning_content"]
-        calls = parsed.get("tool_calls") or []
-        if complete is not None:
-            calls = [call for index, call in enumerate(calls) if index in complete]
-        if calls:
+        made = zip(parsed.get("tool_calls") or [], self._parser.calls, strict=True)
+        if calls := [shown for shown, call in made if call.complete or not cut]:
             message["tool_calls"] = calls
         return message
 

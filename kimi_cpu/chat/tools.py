@@ -209,9 +209,10 @@ def _bounded(value: Any) -> Number:
     if isinstance(value, float):
         if not math.isfinite(value):
             raise _Refused("the numbers are too large")
-    elif abs(value) >= 10**MAX_DIGITS:
+        return value
+    if abs(value) >= 10**MAX_DIGITS:
         raise _Refused("the numbers are too large")
-    return value
+    return int(value)
 
 
 def _shown(value: Number) -> str:

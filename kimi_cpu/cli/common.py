@@ -1,0 +1,302 @@
+"""What the verbs share: options, finding and loading the model, prompts, footers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from kimi_cpu.cli.terminal import Status, note
+from kimi_cpu.errors import CheckpointError, UsageError
+
+if TYPE_CHECKING:
+    from kimi_cpu.chat.generate import Result
+    from kimi_cpu.chat.parser import Event
+    from kimi_cpu.chat.template import ChatTemplate
+    from kimi_cpu.engine import Engine, Session
+    from kimi_cpu.sampling import SamplingParams
+    from kimi_cpu.tokenizer import Tokenizer
+
+Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+GENERATION_CONFIG = "generation_config.json"
+
+_OPTIONS = (
+    click.option(
+        "--model", "-m", metavar="PATH", help="Folder of a model in Hugging Face's layout."
+    ),
+    click.option("--system", "-s", metavar="TEXT", help="Instructions for the model."),
+    click.option("--tools", metavar="FILE", help="JSON file that declares OpenAI-style tools."),
+    click.option("--temp", type=float, metavar="T", help="Temperature; 0 takes the likeliest."),
+    click.option("--top-p", type=float, metavar="P", help="Keep the likeliest of mass P."),
+    click.option("--top-k", type=int, metavar="K", help="Keep the K likeliest tokens."),
+    click.option("--min-p", type=float, metavar="P", help="Drop below P times the likeliest."),
+    click.option("--seed", type=int, metavar="N", help="Same seed, same answer."),
+    click.option("--max-tokens", "-n", type=int, metavar="N", help="Most tokens of a reply."),
+    click.option("--think/--no-think", default=None, help="Reason before answering, or never."),
+    click.option(
+        "--thinking-budget", type=int, metavar="N", help="Close the reasoning after N tokens."
+    ),
+    click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: all cores."),
+    click.option(
+        "--precision",
+        type=click.Choice(["fast", "exact"]),
+        default="fast",
+        show_default=True,
+        help="int8 activations, or float32 as the reference computes.",
+    ),
+)
+
+
+def model_options(command: Command) -> Command:
+    """The options of `chat` and `run`."""
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@dataclass
+class Loaded:
+    """A model ready to talk: everything a reply needs."""
+
+    folder: Path
+    engine: Engine
+    session: Session
+    tokenizer: Tokenizer
+    template: ChatTemplate
+
+    @property
+    def name(self) -> str:
+        return self.folder.name if self.folder.name != "_nano" else "nano"
+
+    def prompt(
+        self, messages: Messages, tools: Tools, thinking: bool | None
+    ) -> tuple[list[int], int]:
+        """The token ids up to the reply that is wanted, and the index of its first call."""
+        from kimi_cpu.chat.messages import normalise
+        from kimi_cpu.chat.template import encode_segments
+
+        checked = normalise(messages, tools or None)
+        segments = self.template.render_segments(checked.messages, checked.tools, thinking=thinking)
+        return encode_segments(self.tokenizer, segments), checked.next_call_index
+
+
+def embedded_model() -> Path:
+    """The nano model: inside the installed package, or `weights/nano` of a clone."""
+    package = Path(__file__).resolve().parent.parent
+    folders = (package / "_nano", package.parent / "weights" / "nano")
+    for folder in folders:
+        if (folder / "config.json").is_file():
+            return folder
+    raise CheckpointError(
+        "the embedded nano model is missing", "Name a model folder: --model PATH."
+    )
+
+
+def model_folder(named: str | None) -> Path:
+    """The folder to use: --model, else KIMI_CPU_MODEL, else the nano model (said on stderr)."""
+    source = "--model"
+    if named is None and (named := os.environ.get("KIMI_CPU_MODEL") or None):
+        source = "KIMI_CPU_MODEL"
+    if named is None:
+        folder = embedded_model()
+        note("No --model given: using the embedded nano model, a tiny demonstration, not Kimi.")
+        return folder
+    folder = Path(named).expanduser()
+    if folder.is_file():
+        raise UsageError(
+            f"{source} names a file: {folder}", f"Name its folder: --model {folder.parent}"
+        )
+    if not folder.is_dir():
+        raise UsageError(
+            f"{source} names no folder: {folder}",
+            "It must hold config.json, safetensors and the tokenizer. "
+            "Without --model the embedded nano model is used.",
+        )
+    return folder
+
+
+def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
+    """Open a model folder, tokenizer and template first: they fail fastest."""
+    if threads is not None and threads < 1:
+        raise UsageError(f"--threads is {threads}", "Use 1 or more.")
+    status = Status()
+    status.show("loading ...")
+    try:
+        from kimi_cpu.chat.template import ChatTemplate
+        from kimi_cpu.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.load(folder)
+        template = ChatTemplate.load(folder)
+        from kimi_cpu.engine import Engine
+
+        engine = Engine.load(folder, precision=precision, threads=threads)  # type: ignore[arg-type]
+    finally:
+        status.clear()
+    return Loaded(folder, engine, engine.session(), tokenizer, template)
+
+
+def sampling_params(
+    folder: Path,
+    *,
+    temp: float | None = None,
+    top_p: float | None = None,
+    top_k: int | None = None,
+    min_p: float | None = None,
+    seed: int | None = None,
+    max_tokens: int | None = None,
+    think: bool | None = None,
+    thinking_budget: int | None = None,
+) -> SamplingParams:
+    """The options given, over the checkpoint's recommendations, over temperature 1.
+
+    `generation_config.json` may recommend temperature, top_p, top_k and min_p, and greedy decoding
+    by `do_sample: false`.
+    """
+    from kimi_cpu.sampling import SamplingParams
+
+    if think is False and thinking_budget:
+        raise UsageError("--no-think and --thinking-budget contradict", "Give one of the two.")
+    if think and thinking_budget == 0:
+        raise UsageError("--think and --thinking-budget 0 contradict", "Give one of the two.")
+    values: dict[str, Any] = _recommended(folder)
+    given = {
+        "temperature": temp,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "seed": seed,
+        "max_tokens": max_tokens,
+        "thinking_budget": 0 if think is False else thinking_budget,
+    }
+    if temp is not None and temp > 0 and values.get("temperature") == 0:
+        values = {}  # the recommendation was greedy: its other numbers meant nothing
+    values |= {name: value for name, value in given.items() if value is not None}
+    try:
+        return SamplingParams(**values)
+    except UsageError as error:
+        name = error.message.split(" ")[0]
+        option = {"temperature": "--temp"}.get(name, "--" + name.replace("_", "-"))
+        raise UsageError(error.message.replace(name, option, 1), error.hint) from None
+
+
+def _recommended(folder: Path) -> dict[str, Any]:
+    path = folder / GENERATION_CONFIG
+    try:
+        config = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: cannot be read ({error})", "Take the file from the model's repository again."
+        ) from None
+    if not isinstance(config, dict):
+        return {}
+    names = ("temperature", "top_p", "top_k", "min_p")
+    values = {name: config[name] for name in names if config.get(name) is not None}
+    if config.get("do_sample") is False:
+        values["temperature"] = 0.0
+    return values
+
+
+def declared_tools(path: str | None) -> Tools:
+    """The tools of `--tools FILE`."""
+    if path is None:
+        return []
+    from kimi_cpu.chat.tools import load_tools
+
+    return load_tools(path)
+
+
+def reply_events(
+    model: Loaded,
+    messages: Messages,
+    tools: Tools,
+    params: SamplingParams,
+    cancelled: Callable[[], bool] = lambda: False,
+) -> Iterator[Event | Result]:
+    """`generate` on a conversation, with a status line until the first event."""
+    from kimi_cpu.chat.generate import generate
+
+    thinking = False if params.thinking_budget == 0 else None
+    prompt, next_call_index = model.prompt(messages, tools, thinking)
+    status = Status()
+    todo = len(prompt) - model.session.common_prefix(prompt)
+    status.show(f"reading {todo:,} tokens ...")
+    started = time.perf_counter()
+
+    def progress(done: int, total: int) -> None:
+        if done < total:
+            left = (time.perf_counter() - started) / done * (total - done)
+            status.show(f"reading {done:,} of {total:,} tokens ... {left:.0f} s left")
+
+    events = generate(
+        model.session,
+        model.tokenizer,
+        prompt,
+        params,
+        allow_tools=bool(tools),
+        next_call_index=next_call_index,
+        cancelled=cancelled,
+        progress=progress,
+    )
+    try:
+        for event in events:
+            status.clear()
+            yield event
+    finally:
+        status.clear()
+
+
+def footer(result: Result) -> str:
+    """`42 tokens · 31.0 tok/s · first token 0.2 s`, and how the reply ended if oddly."""
+    usage, timings = result.usage, result.timings
+    count = usage.completion_tokens
+    parts = [f"{count} token{'' if count == 1 else 's'}"]
+    if timings.decode_tps:
+        parts.append(f"{timings.decode_tps:.1f} tok/s")
+    parts.append(f"first token {timings.first_token_s:.1f} s")
+    if result.finish_reason == "length":
+        parts.append("cut off: token limit or context reached")
+    elif result.finish_reason == "cancelled":
+        parts.append("stopped")
+    return " · ".join(parts)
+
+
+def call_line(call: dict[str, Any], result: str | None = None) -> str:
+    """One line for a tool call: `calculator(17 * 23) → 391`."""
+    function = call["function"]
+    arguments = function["arguments"]
+    try:
+        values = json.loads(arguments)
+    except (ValueError, TypeError):
+        values = None
+    if isinstance(values, dict):
+        if len(values) == 1 and isinstance(only := next(iter(values.values())), str):
+            arguments = only
+        else:
+            arguments = ", ".join(
+                f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in values.items()
+            )
+    line = f"{function['name']}({arguments})"
+    return line if result is None else f"{line} → {result}"
+
+
+def read_stdin() -> str:
+    """All of standard input as text; bytes that are not UTF-8 become U+FFFD."""
+    return sys.stdin.buffer.read().decode("utf-8", "replace")
+
+
+def with_system(system: str | None, messages: Sequence[dict[str, Any]]) -> Messages:
+    """The conversation with its system message in front."""
+    first = [{"role": "system", "content": system}] if system else []
+    return [*first, *messages]

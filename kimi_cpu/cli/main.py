@@ -1,0 +1,122 @@
+"""`kimi-cpu`: the verbs, and what happens to every error.
+
+The verbs' modules are imported when they are called, so that `kimi-cpu --help` is instant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from kimi_cpu.errors import UserError
+
+#: verb -> (module that holds `command`, what it does)
+VERBS = {
+    "chat": ("kimi_cpu.cli.chat", "Talk with a model; conversations are kept."),
+    "run": ("kimi_cpu.cli.run", "Answer one prompt and exit."),
+    "inspect": ("kimi_cpu.cli.inspect", "Show what a model folder holds and needs."),
+}
+
+INTERRUPTED = 130
+
+
+class Verbs(click.Group):
+    """A group that imports a verb's module on first use."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in VERBS:
+            return None
+        command: click.Command = importlib.import_module(VERBS[cmd_name][0]).command
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(verb, text) for verb, (_, text) in VERBS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and not args[0].startswith("-") and args[0] not in VERBS:
+            near = difflib.get_close_matches(args[0], VERBS, 1)
+            suggestion = f"Did you mean `kimi-cpu {near[0]}`? " if near else ""
+            raise click.UsageError(
+                f"there is no command `{args[0]}`",
+            ) from UserError("", f"{suggestion}To ask something: kimi-cpu run 'YOUR PROMPT'")
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=Verbs,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Start with `kimi-cpu chat`. KIMI_CPU_MODEL names a default model folder, KIMI_CPU_HOME "
+    "where conversations are kept, NO_COLOR turns colours off.",
+)
+@click.version_option(package_name="kimi-cpu", prog_name="kimi-cpu")
+def cli() -> None:
+    """Kimi K2 Thinking, and small models of its architecture, on the CPU you have."""
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code and never lets an expected error through.
+
+    0 done, 1 an error, 2 wrong usage, 130 interrupted.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows `?`
+            stream.reconfigure(errors="replace")
+    try:
+        code = cli.main(args=args, prog_name="kimi-cpu", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.ClickException as error:
+        _report(error.format_message(), _usage_hint(error))
+        return error.exit_code
+    except UserError as error:
+        _report(error.message, error.hint)
+        return error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        print(file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader left (`| head`): quiet, also at interpreter exit, where stdout is flushed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if os.environ.get("KIMI_CPU_DEBUG"):
+            raise
+        kind = type(error).__name__
+        if isinstance(error, MemoryError):
+            _report("out of memory", "Close other programs, or shorten the conversation.")
+        else:
+            text = " ".join(str(error).split())[:300]
+            _report(
+                f"unexpected {kind}: {text}",
+                "This is a bug. KIMI_CPU_DEBUG=1 shows the traceback to report.",
+            )
+        return 1
+
+
+def _usage_hint(error: click.ClickException) -> str:
+    if isinstance(error.__cause__, UserError):
+        return error.__cause__.hint
+    ctx: Any = getattr(error, "ctx", None)
+    return f"Try `{ctx.command_path} --help`." if ctx is not None else ""
+
+
+def _report(message: str, hint: str) -> None:
+    from kimi_cpu.cli.terminal import print_error
+
+    print_error(message, hint)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

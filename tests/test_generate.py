@@ -1,0 +1,218 @@
+"""The generation loop on a scripted session."""
+
+from __future__ import annotations
+
+import pytest
+
+from kimi_cpu.chat.generate import Result, StopMatcher, generate
+from kimi_cpu.chat.parser import Content, Reasoning, ToolCallEnd, ToolCallStart
+from kimi_cpu.errors import ContextError
+from kimi_cpu.sampling import SamplingParams
+from kimi_cpu.tokenizer import Tokenizer
+from tests.cli.fake import CONTROL, FakeSession, call, spelt
+
+GREEDY = SamplingParams(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    ranks = {bytes([b]): b for b in range(256)}
+    return Tokenizer(ranks, {256 + n: name for n, name in enumerate(CONTROL)})
+
+
+def run(tokenizer, reply, params=GREEDY, prompt="hi", session=None, **kw):
+    if session is None:
+        session = FakeSession(tokenizer, lambda _: reply)
+    events = list(generate(session, tokenizer, spelt(tokenizer, prompt), params, **kw))
+    result = events.pop()
+    assert isinstance(result, Result)
+    text = "".join(e.text for e in events if isinstance(e, Content))
+    reasoning = "".join(e.text for e in events if isinstance(e, Reasoning))
+    assert (result.message["content"] or "") == text
+    assert result.message.get("reasoning_content", "") == reasoning
+    return result, events, session
+
+
+def test_reasoning_and_content(tokenizer):
+    result, _, session = run(tokenizer, "<think>so</think>yes, café")
+    assert result.finish_reason == "stop"
+    assert result.message == {
+        "role": "assistant", "content": "yes, café", "reasoning_content": "so",
+    }  # fmt: skip
+    usage = result.usage
+    assert usage.prompt_tokens == 2 and usage.reasoning_tokens == 2 and usage.cached_tokens == 0
+    assert usage.completion_tokens == 2 + 2 + len("yes, café".encode())
+    assert list(result.token_ids) == session.ids[2:], "the end token is not stepped"
+    assert 0 <= result.timings.prompt_s <= result.timings.first_token_s <= result.timings.total_s
+
+
+def test_cached_tokens_are_the_common_prefix(tokenizer):
+    _, _, session = run(tokenizer, "<think></think>a")
+    result, _, _ = run(tokenizer, "", prompt="hi<think></think>ab", session=session)
+    assert result.usage.cached_tokens == 5
+
+
+def test_tool_calls(tokenizer):
+    reply = "<think>t</think>ok" + call("f", '{"a": 1}')
+    result, events, _ = run(tokenizer, reply, allow_tools=True)
+    assert result.finish_reason == "tool_calls"
+    (made,) = result.message["tool_calls"]
+    assert made["function"] == {"name": "f", "arguments": '{"a": 1}'}
+    kinds = [type(e) for e in events]
+    assert kinds.index(ToolCallStart) < kinds.index(ToolCallEnd)
+
+
+def test_no_calls_without_declared_tools(tokenizer):
+    result, _, _ = run(tokenizer, "<think></think>ok" + call("f", "{}"), SamplingParams(0, seed=1))
+    assert "tool_calls" not in result.message
+
+
+def test_a_turn_cannot_be_forged(tokenizer):
+    reply = "<think></think>a<|im_user|>user<|im_middle|>b"
+    params = SamplingParams(temperature=0, max_tokens=4)
+    result, _, session = run(tokenizer, reply, params)
+    assert tokenizer.control("<|im_user|>") not in session.ids
+    assert tokenizer.control("<|im_user|>") not in result.token_ids
+
+
+def test_max_tokens(tokenizer):
+    params = SamplingParams(temperature=0, max_tokens=5)
+    result, _, _ = run(tokenizer, "<think>ab</think>cdef", params)
+    assert result.finish_reason == "length" and result.usage.completion_tokens == 5
+    assert result.message["content"] == "c"
+
+
+def test_full_context_ends_the_reply(tokenizer):
+    session = FakeSession(tokenizer, lambda _: "<think></think>" + "x" * 50, context=10)
+    result, _, _ = run(tokenizer, "", session=session)
+    assert result.finish_reason == "length" and len(session.ids) <= 10
+    with pytest.raises(ContextError):
+        run(tokenizer, "", prompt="y" * 11, session=session)
+
+
+def test_no_memory_for_the_context_ends_the_reply(tokenizer):
+    class Full(FakeSession):
+        def step(self, token):
+            if len(self.ids) >= 6:
+                raise ContextError("no memory", "")
+            return super().step(token)
+
+    result, _, _ = run(tokenizer, "", session=Full(tokenizer, lambda _: "<think></think>abcdefg"))
+    assert result.finish_reason == "length" and result.message["content"] == "abc"
+
+
+def test_a_call_cut_off_is_not_reported(tokenizer):
+    reply = "<think></think>" + call("f", '{"a": 1}')
+    params = SamplingParams(temperature=0, max_tokens=25)
+    result, _, _ = run(tokenizer, reply, params, allow_tools=True)
+    assert result.finish_reason == "length" and "tool_calls" not in result.message
+
+
+def test_thinking_budget_forces_the_end(tokenizer):
+    params = SamplingParams(temperature=0, thinking_budget=3)
+    result, _, session = run(tokenizer, "<think>abcdefgh</think>yes", params)
+    assert result.message["reasoning_content"] == "abc" and result.usage.reasoning_tokens == 3
+    assert session.ids[2:7] == spelt(tokenizer, "<think>abc</think>")
+    assert tokenizer.control("<think>") not in session.ids[7:]
+
+
+def test_thinking_off_prefills(tokenizer):
+    params = SamplingParams(temperature=0, thinking_budget=0)
+    for prompt in ("hi", "hi<think>", "hi<think></think>"):
+        result, _, session = run(tokenizer, "yes", params, prompt)
+        assert session.synced[0] == spelt(tokenizer, "hi<think></think>")
+        assert result.message == {"role": "assistant", "content": "yes"}
+
+
+def test_thinking_off_bans_reopening(tokenizer):
+    params = SamplingParams(temperature=0, thinking_budget=0, max_tokens=3)
+    result, _, _ = run(tokenizer, "<think>x</think>y", params)
+    assert tokenizer.control("<think>") not in result.token_ids
+
+
+@pytest.mark.parametrize(
+    ("reply", "stops", "content", "reason"),
+    [
+        ("one STOP two", ("STOP",), "one ", "stop"),
+        ("one STO", ("STOP",), "one STO", "stop"),
+        ("one STOSTOP", ("STOP",), "one STO", "stop"),
+        ("a\n\nb", ("\n\n", "b"), "a", "stop"),
+        ("naïve é", ("é",), "naïve ", "stop"),
+        ("plain", ("zzz",), "plain", "stop"),
+    ],
+)
+def test_stop_strings_across_tokens(tokenizer, reply, stops, content, reason):
+    params = SamplingParams(temperature=0, stop=stops)
+    result, events, _ = run(tokenizer, f"<think>a STOP b zzz</think>{reply}", params)
+    assert result.message["content"] == content and result.finish_reason == reason
+    assert "STOP" in result.message["reasoning_content"], "stop strings are not for reasoning"
+    assert [e for e in events if isinstance(e, Content)]
+
+
+def test_text_held_back_comes_before_a_call(tokenizer):
+    params = SamplingParams(temperature=0, stop=("STOP",))
+    reply = "<think></think>go STO" + call("f", "{}")
+    result, events, _ = run(tokenizer, reply, params, allow_tools=True)
+    assert result.finish_reason == "tool_calls" and result.message["content"] == "go STO"
+    start = next(i for i, e in enumerate(events) if isinstance(e, ToolCallStart))
+    assert not any(isinstance(e, Content) for e in events[start:])
+
+
+def test_stop_matcher_holds_back_no_more_than_needed():
+    matcher = StopMatcher(("abc",))
+    assert matcher.push("xab") == ("x", False)
+    assert matcher.push("d") == ("abd", False)
+    assert matcher.push("ab") == ("", False)
+    assert matcher.push("cz") == ("", True)
+
+
+def test_cancelling_leaves_a_usable_session(tokenizer):
+    session = FakeSession(tokenizer, lambda _: "<think>t</think>abcdef")
+    asked = []
+
+    def cancelled() -> bool:
+        asked.append(1)
+        return len(asked) > 7
+
+    result, _, _ = run(tokenizer, "", session=session, cancelled=cancelled)
+    assert result.finish_reason == "cancelled"
+    assert session.ids == spelt(tokenizer, "hi") + list(result.token_ids)
+    again, _, _ = run(tokenizer, "", prompt="ho", session=session)
+    assert again.finish_reason == "stop" and again.message["content"] == "abcdef"
+
+
+def test_cancelling_between_chunks_of_the_prompt(tokenizer):
+    class Chunks(FakeSession):
+        def sync(self, ids, progress=None):
+            progress(1, len(ids))
+            raise AssertionError("went on")
+
+    session = Chunks(tokenizer)
+    result, _, _ = run(tokenizer, "", session=session, cancelled=lambda: True)
+    assert result.finish_reason == "cancelled" and result.message["content"] is None
+
+
+def test_an_abandoned_reply_leaves_a_usable_session(tokenizer):
+    session = FakeSession(tokenizer, lambda _: "<think>t</think>abc")
+    events = generate(session, tokenizer, spelt(tokenizer, "hi"), GREEDY)
+    next(events)
+    events.close()
+    assert run(tokenizer, "", session=session)[0].message["content"] == "abc"
+
+
+def test_a_model_without_think_tokens_only_answers():
+    ranks = {bytes([b]): b for b in range(256)}
+    names = [name for name in CONTROL if "think" not in name]
+    plain = Tokenizer(ranks, {256 + n: name for n, name in enumerate(names)})
+
+    class Session(FakeSession):
+        def sync(self, ids, progress=None):
+            self.ids = list(ids)
+            self.reply = [*plain.encode_text("yes"), plain.control("[EOS]")]
+            return self._logits()
+
+    for budget in (None, 0, 3):
+        params = SamplingParams(temperature=0, thinking_budget=budget)
+        events = list(generate(Session(plain), plain, [1, 2], params))
+        assert events[-1].message == {"role": "assistant", "content": "yes"}
+        assert events[-1].usage.prompt_tokens == 2
