@@ -230,7 +230,9 @@ def _tool_calls(message: Mapping[str, Any], where: str, calls: _Calls) -> list[d
         function = call.get("function")
         if not isinstance(function, Mapping):
             raise MessageError(f"{here}.function: missing or not an object")
-        name = _name(function, f"{here}.function")
+        name = _string(function, "name", f"{here}.function")
+        if name is None:  # empty is what a model may have written
+            raise MessageError(f"{here}.function.name: missing")
         arguments = function.get("arguments")
         if arguments is None:
             arguments = "{}"
