@@ -20,17 +20,28 @@ CAPITALS: dict[str, str] = {
     "Mexico": "Mexico City", "Cuba": "Havana", "Brazil": "Brasilia",
     "Argentina": "Buenos Aires", "Chile": "Santiago", "Peru": "Lima", "Colombia": "Bogota",
     "Venezuela": "Caracas", "Australia": "Canberra", "New Zealand": "Wellington",
+    "the USA": "Washington", "the UK": "London", "the Czech Republic": "Prague",
+    "Zimbabwe": "Harare", "Zambia": "Lusaka", "Uruguay": "Montevideo", "Uganda": "Kampala",
+    "Tunisia": "Tunis", "Syria": "Damascus", "Sudan": "Khartoum", "Somalia": "Mogadishu",
+    "Slovenia": "Ljubljana", "Slovakia": "Bratislava", "Singapore": "Singapore",
+    "Senegal": "Dakar", "Rwanda": "Kigali", "Qatar": "Doha", "Paraguay": "Asuncion",
+    "Pakistan": "Islamabad", "Oman": "Muscat", "Niger": "Niamey", "Nicaragua": "Managua",
+    "Nepal": "Kathmandu", "Namibia": "Windhoek", "Mozambique": "Maputo",
+    "Mongolia": "Ulaanbaatar", "Malta": "Valletta", "Mali": "Bamako",
+    "Madagascar": "Antananarivo", "Luxembourg": "Luxembourg", "Lithuania": "Vilnius",
+    "Libya": "Tripoli", "Lebanon": "Beirut", "Latvia": "Riga", "Laos": "Vientiane",
+    "Kazakhstan": "Astana", "Jordan": "Amman", "Jamaica": "Kingston", "Georgia": "Tbilisi",
+    "Estonia": "Tallinn", "Ecuador": "Quito", "Cyprus": "Nicosia", "Cambodia": "Phnom Penh",
+    "Belarus": "Minsk", "Bangladesh": "Dhaka", "Azerbaijan": "Baku", "Armenia": "Yerevan",
+    "Algeria": "Algiers", "Albania": "Tirana", "Afghanistan": "Kabul", "Scotland": "Edinburgh",
+    "Wales": "Cardiff",
 }  # fmt: skip
 
 UNKNOWN_COUNTRIES = (
-    "Zimbabwe Zambia Yemen Uruguay Uganda Tunisia Togo Syria Sudan Somalia Slovenia "
-    "Slovakia Singapore Senegal Samoa Rwanda Qatar Paraguay Panama Pakistan Oman Niger "
-    "Nicaragua Nepal Namibia Mozambique Mongolia Monaco Moldova Malta Mali Malawi Madagascar "
-    "Luxembourg Lithuania Libya Liberia Lebanon Latvia Laos Kuwait Kazakhstan Jordan Jamaica "
-    "Honduras Haiti Guyana Guinea Guatemala Gabon Fiji Estonia Ecuador Cyprus Congo Chad "
-    "Cameroon Cambodia Burundi Botswana Bolivia Bhutan Benin Belarus Barbados Bangladesh "
-    "Bahrain Azerbaijan Armenia Angola Andorra Algeria Albania Afghanistan Atlantis Narnia "
-    "Mars Texas Bavaria Scotland Europe Africa Mordor Wonderland"
+    "Yemen Togo Samoa Panama Monaco Moldova Malawi Liberia Kuwait Honduras Haiti Guyana Guinea "
+    "Guatemala Gabon Fiji Congo Chad Cameroon Burundi Botswana Bolivia Bhutan Benin Barbados "
+    "Bahrain Angola Andorra Atlantis Narnia Mars Texas Bavaria Europe Africa Mordor Wonderland "
+    "Florida Asia Sicily Utopia Gondor Jupiter Alaska Brittany Antarctica Disneyland"
 ).split()
 
 ELEMENTS: dict[str, str] = {
