@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -38,6 +39,9 @@ class Q8:
 KIND_F32, KIND_BF16, KIND_INT4 = 0, 1, 2
 
 
+_BYTE = ctypes.c_char
+
+
 def weight_kind(w: Weight) -> int:
     """KIND_INT4, KIND_BF16 or KIND_F32; TypeError for anything else."""
     if isinstance(w, Int4Weight):
@@ -51,7 +55,10 @@ def weight_kind(w: Weight) -> int:
 
 def address(array: npt.NDArray[np.generic]) -> int:
     """Address of the first element; the caller keeps the array alive and C-contiguous."""
-    return int(array.__array_interface__["data"][0])
+    try:
+        return ctypes.addressof(_BYTE.from_buffer(array))  # 4 times faster, if writable
+    except (TypeError, ValueError, BufferError):
+        return int(array.__array_interface__["data"][0])
 
 
 def weight_addresses(w: Weight) -> tuple[int, int]:

@@ -31,9 +31,7 @@ def packed_bytes(d: int) -> int:
     return -(-d // PACK_ELEMENTS) * PACK_BYTES
 
 
-def emit_dot_q8(
-    e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any
-) -> list[list[Any]]:
+def emit_dot_q8(e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any) -> list[list[Any]]:
     """Accumulators [R][C] of int4 w[r] . packed int8 x[c], d a multiple of 32."""
     acc = [[e.variable(const(F32x16, 0.0)) for _ in x] for _ in w]
     nibble = const(vec(I8, 64), 15)
@@ -91,9 +89,7 @@ def emit_dot_q8(
     return acc
 
 
-def emit_dot_f32(
-    e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any
-) -> list[list[Any]]:
+def emit_dot_f32(e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any) -> list[list[Any]]:
     """Accumulators [R][C] of int4 w[r] . float32 x[c], d a multiple of 32; exact weights."""
     acc = [[e.variable(const(F32x16, 0.0)) for _ in x] for _ in w]
     bytes16 = vec(I8)
@@ -130,13 +126,10 @@ def _pack_group(typingctx: Any, x: Any, block: Any, scale: Any, slot: Any) -> An
         absolute = [b.bitcast(b.and_(b.bitcast(h, I32x16), sign), F32x16) for h in halves]
         largest = e.max(e.maximum(*absolute))
         positive = b.fcmp_ordered(">", largest, const(FLOAT, 0.0))
-        inverse = b.select(
-            positive, b.fdiv(const(FLOAT, 127.0), largest), const(FLOAT, 0.0)
-        )
+        inverse = b.select(positive, b.fdiv(const(FLOAT, 127.0), largest), const(FLOAT, 0.0))
         e.store(b.fmul(largest, const(FLOAT, 1 / 127)), scale)
         q = [
-            b.trunc(b.fptosi(e.round(b.fmul(h, e.splat(inverse))), I32x16), vec(I8))
-            for h in halves
+            b.trunc(b.fptosi(e.round(b.fmul(h, e.splat(inverse))), I32x16), vec(I8)) for h in halves
         ]
         even = e.shuffle(q[0], q[1], range(0, 32, 2))
         odd = e.shuffle(q[0], q[1], range(1, 32, 2))

@@ -153,9 +153,7 @@ class Emit:
         """Combine the 16 lanes pairwise, always in the same order -> scalar."""
         half = LANES // 2
         while half:
-            v = combine(
-                self.shuffle(v, v, range(half)), self.shuffle(v, v, range(half, 2 * half))
-            )
+            v = combine(self.shuffle(v, v, range(half)), self.shuffle(v, v, range(half, 2 * half)))
             half //= 2
         return self.b.extract_element(v, const(I32, 0))
 

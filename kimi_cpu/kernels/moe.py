@@ -1,0 +1,82 @@
+"""The routed experts of one layer: gate, up, SwiGLU, down, and the weighted sum.
+
+The chosen (token, slot) pairs are sorted by expert. A segment is one expert with its pairs
+p in [start, stop); one token makes K segments of one pair. Both phases may be split over rows.
+"""
+
+from __future__ import annotations
+
+from kimi_cpu.kernels.common import KIND_INT4
+from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, pack_rows
+from kimi_cpu.kernels.isa import jit
+from kimi_cpu.kernels.matmul import KIND_Q8, dot_rows
+from kimi_cpu.kernels.norm_rope import silu_mul_row, weighted_row_sum
+from kimi_cpu.kernels.simd import load_i32, load_i64
+
+
+@jit
+def _kind(kinds, expert, fast):  # type: ignore[no-untyped-def]
+    kind = load_i32(kinds + expert * 4)
+    return KIND_Q8 if fast and kind == KIND_INT4 else kind
+
+
+@jit
+def _packed(d):  # type: ignore[no-untyped-def]
+    return (d + PACK_ELEMENTS - 1) // PACK_ELEMENTS * PACK_BYTES
+
+
+@jit
+def gate_up_range(  # type: ignore[no-untyped-def]
+    table, kinds, fast, segments, n_segments, pair_token, x, xq, d, gate, up, hq, width,
+    start, stop,
+):  # fmt: skip
+    """Rows start .. stop-1 of silu(gate x) * up x of every pair, into gate [P, width].
+
+    For INT4 experts in fast mode x comes packed in xq and the result is packed into hq too, so
+    start and stop must then be multiples of 32. segments: int64 [n, 3] of expert, start, stop;
+    pair_token: int64 [P], the row of x; table, kinds: of ExpertTable. All addresses.
+    """
+    for s in range(n_segments):
+        expert = load_i64(segments + s * 24)
+        p_start, p_stop = load_i64(segments + s * 24 + 8), load_i64(segments + s * 24 + 16)
+        kind = _kind(kinds, expert, fast)
+        source, stride = (xq, _packed(d)) if kind == KIND_Q8 else (x, d * 4)
+        for part in range(2):
+            dot_rows(
+                kind, source, stride, pair_token, p_start, p_stop,
+                gate if part == 0 else up, width * 4,
+                load_i64(table + expert * 48 + part * 16),
+                load_i64(table + expert * 48 + part * 16 + 8), d, start, stop,
+            )  # fmt: skip
+        for p in range(p_start, p_stop):
+            at = (p * width + start) * 4
+            silu_mul_row(gate + at, up + at, gate + at, stop - start)
+        if kind == KIND_Q8:
+            pack_rows(gate, width, hq, p_start, p_stop, start, stop)
+
+
+@jit
+def down_range(  # type: ignore[no-untyped-def]
+    table, kinds, fast, segments, n_segments, iota, hidden, hq, width, slots, pair_place,
+    weights, n_tokens, top_k, out, d, start, stop,
+):  # fmt: skip
+    """Columns start .. stop-1 of the output: down projections into slots [P, d], then their sum.
+
+    iota: int64 0, 1, ..; pair_place: int64 [T, K], the pair of a token's slot; weights
+    float32 [T, K]; out float32 [T, d]. All addresses.
+    """
+    for s in range(n_segments):
+        expert = load_i64(segments + s * 24)
+        p_start, p_stop = load_i64(segments + s * 24 + 8), load_i64(segments + s * 24 + 16)
+        kind = _kind(kinds, expert, fast)
+        source, stride = (hq, _packed(width)) if kind == KIND_Q8 else (hidden, width * 4)
+        dot_rows(
+            kind, source, stride, iota, p_start, p_stop, slots, d * 4,
+            load_i64(table + expert * 48 + 32), load_i64(table + expert * 48 + 40),
+            width, start, stop,
+        )  # fmt: skip
+    for t in range(n_tokens):
+        weighted_row_sum(
+            slots, d * 4, pair_place + t * top_k * 8, weights + t * top_k * 4, top_k,
+            out + t * d * 4, start, stop,
+        )  # fmt: skip
