@@ -119,12 +119,13 @@ def test_rope_without_yarn_and_both_spellings() -> None:
 def test_yarn_scales_like_transformers() -> None:
     rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
-    for rope in (
+    ropes: list[dict[str, Any]] = [
         {"factor": 40.0, "beta_fast": 32, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 1.0},
         {"factor": 32.0, "beta_fast": 1, "beta_slow": 1, "mscale": 1.0, "mscale_all_dim": 0.5},
         {"factor": 8.0},
-    ):
-        rope = rope | {"type": "yarn", "original_max_position_embeddings": 4096}
+    ]
+    for rope in ropes:
+        rope |= {"type": "yarn", "original_max_position_embeddings": 4096}
         ours = read(rope_scaling=rope, qk_rope_head_dim=64)
         parameters = rope | {"rope_type": "yarn", "rope_theta": 50000.0}
         theirs = transformers.DeepseekV3Config(qk_rope_head_dim=64, rope_parameters=parameters)

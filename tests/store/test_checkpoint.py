@@ -9,8 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kimi_cpu.errors import CheckpointError, ConfigError
+from kimi_cpu.config import ModelConfig
+from kimi_cpu.errors import CheckpointError, ConfigError, UserError
 from kimi_cpu.quant import Int4Weight, bf16_to_f32, dequantize, f32_to_bf16
 from kimi_cpu.store import checkpoint as checkpoint_module
 from kimi_cpu.store.checkpoint import INDEX_NAME, Checkpoint
@@ -22,13 +25,11 @@ from tests.tiny import tiny_checkpoint, tiny_config, tiny_tensors
 
 GATE = "model.layers.1.mlp.experts.3.gate_proj"
 NORM = "model.layers.0.input_layernorm.weight"
-Change = Callable[[dict[str, NamedTensor]], None]
+Change = Callable[[dict[str, NamedTensor]], object]
 
 
 def rewrite(folder: Path, change: Change, **options: Any) -> Path:
     """A tiny checkpoint whose tensors were changed before writing."""
-    from kimi_cpu.config import ModelConfig
-
     values = options.pop("values", None) or tiny_config(**options)
     config = ModelConfig.from_dict(values)
     tensors = {t[0]: t for t in tiny_tensors(config, 0, config.quantized)}
@@ -38,7 +39,7 @@ def rewrite(folder: Path, change: Change, **options: Any) -> Path:
 
 def shard_of(folder: Path, name: str) -> Path:
     index = json.loads((folder / INDEX_NAME).read_text("utf-8"))
-    return folder / index["weight_map"][name]
+    return folder / str(index["weight_map"][name])
 
 
 def fails(folder: Path, problem: str, *named: str) -> CheckpointError:
@@ -399,3 +400,26 @@ def test_large_dense_tensors_can_be_searched(
     error = checkpoint.find_non_finite()
     assert error is not None and "lm_head.weight holds NaN" in error.message
     assert Checkpoint.open(tiny_checkpoint(tmp_path / "b")).find_non_finite() is None
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.data())
+def test_corrupt_folders_never_escape(tmp_path_factory: pytest.TempPathFactory, data: Any) -> None:
+    """Bytes changed anywhere: everything reads as arrays of the config's shapes, or UserError."""
+    folder = tmp_path_factory.getbasetemp() / "corrupt"
+    tiny_checkpoint(folder, num_hidden_layers=2, n_routed_experts=4, shard_bytes=100_000)
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        near = data.draw(st.sampled_from([len(content) - 1, min(len(content) - 1, 3000)]))
+        content[data.draw(st.integers(0, near))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content)
+    try:
+        checkpoint = Checkpoint.open(folder)
+        config = checkpoint.config
+        for name, shape in vectors(config):
+            assert checkpoint.tensor(name).shape == shape
+        for name, out_features, in_features in [*trunk_linears(config), *expert_linears(config)]:
+            assert checkpoint.linear(name).shape == (out_features, in_features)
+    except UserError as exc:
+        assert str(folder) in exc.message and exc.message.isprintable()

@@ -6,7 +6,6 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -76,5 +75,5 @@ def test_opening_takes_no_time(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     took_s = time.process_time() - started
     assert n_tensors > 200_000 and round(checkpoint.total_bytes / 1e9) == 594
-    assert took_s < 3.0, f"{took_s:.2f} s"  # 1.2 s where this was written
+    assert took_s < 5.0, f"{took_s:.2f} s"  # 1.2 s where this was written
     checkpoint.close()

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import f32_to_bf16
 from kimi_cpu.store.safetensors import NUMPY_DTYPES, SafetensorsFile
-from kimi_cpu.store.writer import write_safetensors
+from kimi_cpu.store.writer import NamedTensor, write_safetensors
 from tests.store.raw import field, write_raw
 
-TENSORS = [
+TENSORS: list[NamedTensor] = [
     ("b", f32_to_bf16(np.linspace(-2, 2, 15, dtype=np.float32).reshape(3, 5)), "BF16"),
     ("f", np.arange(6, dtype=np.float32).reshape(2, 3), "F32"),
     ("i", np.arange(-4, 4, dtype=np.int32), "I32"),
