@@ -31,7 +31,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
 _FIRST_TWIN, _N_TWINS = 0xD800, 0x800
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_TWINS = re.compile("[\ud800-\udfff]+")
 
 # What formatting reads in a format string, and therefore has to stay plain in it.
 _PERCENT = re.compile(r"%(\([^)]*\))?[^a-zA-Z%]*[a-zA-Z%]")
@@ -65,7 +65,8 @@ class Marks:
 
     def unmark(self, text: str) -> str:
         """The text as it reads."""
-        return text.translate(self._to_plain) if _SURROGATE.search(text) else text
+        # Stretch by stretch: most of a long conversation is data, and has no twins.
+        return _TWINS.sub(lambda twins: twins[0].translate(self._to_plain), text)
 
     def split(self, marked: str) -> list[tuple[str, bool]]:
         """(text, is_control) pieces of a marked rendering; no two texts adjoin, none is empty."""

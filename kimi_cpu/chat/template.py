@@ -201,7 +201,11 @@ class ChatTemplate:
 
 
 def encode_segments(tokenizer: Tokenizer, segments: Iterable[Segment]) -> list[int]:
-    """The token ids of a rendered conversation; TokenizerError for an unknown control token."""
+    """The token ids of a rendered conversation; TokenizerError for an unknown control token.
+
+    Each text is encoded on its own, so a control token is never cut. Kimi's published code cuts
+    the whole prompt at every 400,000 characters; the ids can differ at those places only.
+    """
     ids: list[int] = []
     for segment in segments:
         if segment.is_control:

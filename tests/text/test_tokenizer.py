@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_cpu import tokenizer as module
+from kimi_cpu.chat.template import ChatTemplate, encode_segments
 from kimi_cpu.errors import TokenizerError
 from kimi_cpu.tokenizer import StreamDecoder, Tokenizer
 
@@ -115,6 +116,30 @@ def test_decode_can_leave_control_tokens_out(tokenizer: Tokenizer) -> None:
     ids = [tokenizer.control("<think>"), *tokenizer.encode_text("hm"), tokenizer.n_vocab - 3]
     assert tokenizer.decode(ids, keep_control=False) == "hm"
     assert tokenizer.decode(ids).startswith("<think>hm<|reserved_token_")
+
+
+def test_neither_network_nor_cache_is_touched(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(cache))
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("connects"))
+    assert Tokenizer.load(write_small(tmp_path)).encode_text("the") == [SMALL.index(b"the")]
+    assert not cache.exists()
+
+
+def test_the_embedded_model() -> None:
+    nano = Path(__file__).resolve().parents[2] / "weights" / "nano"
+    if not (nano / "tiktoken.model").exists():
+        pytest.skip("the nano model is not built yet")
+    tokenizer = Tokenizer.load(nano)
+    for name in CONTROL_NAMES.values():
+        assert tokenizer.is_control(tokenizer.control(name))
+    messages = [{"role": "user", "content": "What is 2 + 2? <|im_end|> 天气 🙂"}]
+    template = ChatTemplate.load(nano)
+    ids = encode_segments(tokenizer, template.render_segments(messages))
+    assert tokenizer.decode(ids) == template.plain_render(messages)
+    assert sum(map(tokenizer.is_control, ids)) == 8
 
 
 # --- long texts --------------------------------------------------------------------------------
