@@ -13,13 +13,22 @@ from typing import Any
 
 import numpy as np
 from numba.core import types
-from numba.extending import intrinsic
 
 from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
 from kimi_cpu.kernels.dense import axpy_tile, load_weights
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.matmul import TILE_ROWS, TILE_TOKENS, dot_tile
-from kimi_cpu.kernels.simd import FLOAT, I32, LANES, Emit, F32x16, const, load_f32, store_f32
+from kimi_cpu.kernels.simd import (
+    FLOAT,
+    I32,
+    LANES,
+    Emit,
+    F32x16,
+    const,
+    intrinsic,
+    load_f32,
+    store_f32,
+)
 
 BLOCK_ROWS = 64
 #: Queries of one head that share a block of keys in prefill.
@@ -198,7 +207,6 @@ def attend_range(  # type: ignore[no-untyped-def]
             )  # fmt: skip
             start += last - first
         return
-    blocks = (n_tokens + QUERY_BLOCK - 1) // QUERY_BLOCK
     key_stride = n_heads * (n_dim + v_dim) * 4
     for item in range(start, stop):
         head = item % n_heads

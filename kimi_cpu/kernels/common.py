@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +39,7 @@ class Q8:
 KIND_F32, KIND_BF16, KIND_INT4 = 0, 1, 2
 
 
-_BYTE = ctypes.c_char
+_BYTE: Any = ctypes.c_char
 
 
 def weight_kind(w: Weight) -> int:

@@ -10,10 +10,19 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
 from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
-from kimi_cpu.kernels.simd import FLOAT, I16, I64, LANES, Emit, F32x16, const, vec
+from kimi_cpu.kernels.simd import (
+    FLOAT,
+    I16,
+    I64,
+    LANES,
+    Emit,
+    F32x16,
+    const,
+    literal_intrinsic,
+    vec,
+)
 
 PREFETCH_BYTES = 1024
 
@@ -56,7 +65,7 @@ def emit_dot(e: Emit, kind: int, x: list[Any], w: list[Any], d: Any) -> list[lis
     return acc
 
 
-@intrinsic(prefer_literal=True)
+@literal_intrinsic
 def axpy_tile(
     typingctx: Any, kind: Any, count: Any, coef: Any, coef_stride: Any, n: Any, w: Any,
     w_stride: Any, width: Any, alpha: Any, out: Any, out_stride: Any,
@@ -81,7 +90,7 @@ def axpy_tile(
             def place(base: Any, v: int) -> Any:
                 return e.add(base, e.add(e.mul(first, 4), 64 * v))
 
-            acc = []
+            acc: list[list[Any]] = []
             for c in range(count_value):
                 acc.append([])
                 for v in range(n_vectors):

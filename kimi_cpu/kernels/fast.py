@@ -217,16 +217,16 @@ def _moe_part(
         address(experts.addresses), address(experts.kinds), int(fast), address(segments),
         len(segments),
     )  # fmt: skip
-    args = (
+    up_args = (
         *shared, address(pair_token), address(x), xq_address, d, address(gate), address(up),
         hq_address, width,
     )  # fmt: skip
-    run(gate_up_range, args, width, GROUP_SIZE, threads, 2 * cost)
-    args = (
+    run(gate_up_range, up_args, width, GROUP_SIZE, threads, 2 * cost)
+    down_args = (
         *shared, iota, address(gate), hq_address, width, address(slots), address(pair_place),
         address(weights), n_tokens, top_k, address(out), d,
     )  # fmt: skip
-    run(down_range, args, d, _ROW_GRAIN, threads, cost)
+    run(down_range, down_args, d, _ROW_GRAIN, threads, cost)
 
 
 def _moe_mixed(

@@ -14,12 +14,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba.core import types
-from numba.extending import intrinsic
 
 from kimi_cpu.kernels.isa import jit
-from kimi_cpu.kernels.simd import FLOAT, I8, I16, I32, LANES, Emit, F32x16, I32x16, const, vec
+from kimi_cpu.kernels.simd import (
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    LANES,
+    Emit,
+    F32x16,
+    I32x16,
+    const,
+    intrinsic,
+    vec,
+)
 
 PACK_ELEMENTS = 512
 PACK_BYTES = 4 * 192 + 64

@@ -22,7 +22,7 @@ from typing import Any
 import llvmlite
 import numba
 from llvmlite.binding import llvm_version_info
-from numba.core import config as numba_config
+from numba.core import config
 from numba.core.registry import cpu_target
 
 from kimi_cpu.errors import UsageError
@@ -41,6 +41,9 @@ _FORCED_TARGET = {
     ),
     "portable": ("x86-64", "+64bit,+sse,+sse2,+cx8,+fxsr,+mmx"),
 }
+
+#: Numba's settings, which it makes up at import time.
+numba_config: Any = config
 
 #: The shape of `vpdpbusd`'s operands changed with LLVM 22.
 LLVM_MAJOR: int = llvm_version_info[0]

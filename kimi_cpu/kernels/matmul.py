@@ -10,13 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 from numba.core import types
-from numba.extending import intrinsic
 
 from kimi_cpu.kernels.common import KIND_BF16, KIND_F32, KIND_INT4
 from kimi_cpu.kernels.dense import emit_dot
 from kimi_cpu.kernels.int4 import emit_dot_f32, emit_dot_q8
 from kimi_cpu.kernels.isa import VARIANT, jit
-from kimi_cpu.kernels.simd import Emit
+from kimi_cpu.kernels.simd import Emit, literal_intrinsic
 
 #: INT4 weights times packed int8 activations; the other kinds take float32 activations.
 KIND_Q8 = 3
@@ -29,7 +28,7 @@ TILE_TOKENS = 4
 ROW_BLOCK = 32
 
 
-@intrinsic(prefer_literal=True)
+@literal_intrinsic
 def dot_tile(
     typingctx: Any, rows: Any, tokens: Any, kind: Any, x: Any, x_stride: Any, index: Any,
     p_first: Any, p_last: Any, out: Any, out_stride: Any, w: Any, scale: Any, r_first: Any,

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from numba.core import types
-from numba.extending import intrinsic
 
 from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
 from kimi_cpu.kernels.dense import load_weights
 from kimi_cpu.kernels.isa import jit
-from kimi_cpu.kernels.simd import FLOAT, LANES, Emit, F32x16, const, load_f32, store_f32
+from kimi_cpu.kernels.simd import FLOAT, LANES, Emit, F32x16, const, intrinsic, load_f32, store_f32
 
 
 def _emit_pieces(e: Emit, n: Any, piece: Any) -> None:

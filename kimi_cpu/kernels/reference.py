@@ -38,7 +38,8 @@ def linear_q8(xq: Q8, w: Int4Weight, threads: int = 1) -> F32:
 def silu_mul(gate: F32, up: F32) -> F32:
     """silu(gate) * up, silu(z) = z / (1 + exp(-z)); both [T, I]."""
     with np.errstate(over="ignore"):  # exp(-z) = inf gives the right limit, 0
-        return gate / (1 + np.exp(-gate)) * up
+        out: F32 = gate / (1 + np.exp(-gate)) * up
+    return out
 
 
 def _project(x: F32, w: Weight, precision: Precision) -> F32:
@@ -106,7 +107,8 @@ def route(
 def rmsnorm(x: F32, w: U16 | F32, eps: float) -> F32:
     """x / sqrt(mean(x^2) + eps) * w over the last axis; x [T, D], w [D]."""
     variance = np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True)
-    return (x / np.sqrt(variance + eps)).astype(np.float32) * as_f32(w)
+    normalised: F32 = (x / np.sqrt(variance + eps)).astype(np.float32)
+    return normalised * as_f32(w)
 
 
 def rope(x: F32, cos: F32, sin: F32) -> F32:
@@ -147,7 +149,8 @@ def _causal_softmax(scores: F32, start: int) -> F32:
     visible = np.arange(n_rows)[None, :] <= start + np.arange(n_tokens)[:, None]
     scores = np.where(visible[:, None, :], scores, np.float32(-np.inf))
     p = np.exp(scores - scores.max(axis=2, keepdims=True))
-    return p / p.sum(axis=2, keepdims=True)
+    softmax: F32 = p / p.sum(axis=2, keepdims=True)
+    return softmax
 
 
 def mla_decode(

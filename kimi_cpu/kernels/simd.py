@@ -10,14 +10,20 @@ and the fused multiply-add differ between instruction sets. Memory is addressed 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.extending import intrinsic as numba_intrinsic
 
 from kimi_cpu.kernels.isa import LLVM_MAJOR, VARIANT
+
+#: Numba's decorator, and the same for functions that take some arguments as literals.
+intrinsic: Callable[[Callable[..., Any]], Any] = numba_intrinsic
+literal_intrinsic: Callable[[Callable[..., Any]], Any] = numba_intrinsic(prefer_literal=True)
+
+_cgutils: Any = cgutils  # untyped
 
 LANES = 16
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
@@ -101,14 +107,14 @@ class Emit:
     @contextlib.contextmanager
     def loop(self, start: Any, stop: Any, step: int = 1) -> Iterator[Any]:
         """`for i in range(start, stop, step)`; yields i."""
-        with cgutils.for_range_slice(
+        with _cgutils.for_range_slice(
             self.b, self.i64(start), self.i64(stop), self.i64(step), I64
         ) as (index, _):
             yield index
 
     def variable(self, initial: Any) -> Any:
         """A mutable value (LLVM promotes it to a register); use get and set."""
-        slot = cgutils.alloca_once(self.b, initial.type)
+        slot = _cgutils.alloca_once(self.b, initial.type)
         self.b.store(initial, slot)
         return slot
 
@@ -119,7 +125,7 @@ class Emit:
         self.b.store(value, slot)
 
     def call(self, name: str, result: ir.Type, args: Sequence[Any]) -> Any:
-        function = cgutils.get_or_insert_function(
+        function = _cgutils.get_or_insert_function(
             self.b.module, ir.FunctionType(result, [a.type for a in args]), name
         )
         return self.b.call(function, args)
