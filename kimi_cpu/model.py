@@ -29,6 +29,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kimi_cpu.config import LATENT_NORM_EPS, ModelConfig
+from kimi_cpu.errors import CheckpointError
 from kimi_cpu.kernels.common import ExpertTable, Precision
 from kimi_cpu.kv_cache import LatentCache
 from kimi_cpu.quant import F32, U16, Weight, as_f32
@@ -97,6 +98,7 @@ class Model:
         self.kernels = kernels
         self.precision: Precision = precision
         self.threads = threads
+        self._find_non_finite = checkpoint.find_non_finite
         self._inv_freq = self.config.inv_freq()  # float64 [P / 2]
         self.embed_tokens = checkpoint.tensor("model.embed_tokens.weight")  # [vocab, D]
         self.layers = [self._load_layer(checkpoint, i) for i in range(self.config.num_hidden_layers)]
@@ -119,7 +121,8 @@ class Model:
             float32 [T, vocab_size] or [1, vocab_size].
 
         Raises:
-            ContextError: the tokens do not fit the context; the cache is unchanged.
+            ContextError: the tokens do not fit the context.
+            CheckpointError: a weight is damaged (not finite). In both cases the cache is unchanged.
         """
         cache.reserve(len(ids))
         cos, sin = self._rope_tables(cache.length, len(ids))
@@ -131,10 +134,16 @@ class Model:
                 x = x + self._moe(layer.mlp, h)
             else:
                 x = x + self._mlp(layer.mlp, h)
-        cache.advance(len(ids))
         if not all_logits:
             x = x[-1:]
-        return self._linear(self._rmsnorm(x, self.norm), self.lm_head)
+        logits = self._linear(self._rmsnorm(x, self.norm), self.lm_head)
+        if not np.isfinite(logits).all():
+            raise self._find_non_finite() or CheckpointError(
+                "the model computed logits that are not finite, though its trunk is",
+                "an expert may be damaged: download the weights again, or try precision exact",
+            )
+        cache.advance(len(ids))
+        return logits
 
     def _attention(self, layer: int, x: F32, cache: LatentCache, cos: F32, sin: F32) -> F32:
         """MLA over the cached latents and these tokens; [T, D] -> [T, D]."""

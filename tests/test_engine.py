@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kimi_cpu.engine import PREFILL_CHUNK, Engine
-from kimi_cpu.errors import ContextError, UsageError
+from kimi_cpu.errors import CheckpointError, ContextError, UsageError
 from tests.tiny import tiny_checkpoint
 
 CONTEXT = 600
@@ -186,6 +186,19 @@ def test_only_chosen_experts_are_loaded(folder: Path) -> None:
         table = engine._model.layers[-1].mlp.experts  # type: ignore[union-attr]
         loaded = sum(expert is not None for expert in table._experts)
         assert loaded == engine.config.num_experts_per_tok < engine.config.n_routed_experts
+
+
+def test_damaged_weights_are_named(tmp_path: Path) -> None:
+    """A NaN in a tensor too large to be searched at load shows in the logits, and is found."""
+    tiny_checkpoint(tmp_path, 5)
+    with Engine.load(tmp_path) as engine:
+        lm_head = np.array(engine._model.lm_head)
+        lm_head[3, 7] = 0x7FC0
+        engine._model.lm_head = lm_head
+        session = engine.session()
+        with pytest.raises(CheckpointError, match="not finite"):
+            session.sync([1, 2, 3])
+        assert session.tokens == () and engine._model.new_cache().length == 0
 
 
 @pytest.mark.parametrize(
