@@ -141,6 +141,7 @@ def generate(
     *,
     allow_tools: bool = False,
     next_call_index: int = 0,
+    eos_token_ids: Sequence[int] = (),
     cancelled: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Event | Result]:
@@ -148,6 +149,7 @@ def generate(
 
     allow_tools: tools are declared in the prompt, so calls may be made.
     next_call_index: the conversation's, see `messages.Conversation`.
+    eos_token_ids: the config's, which end a reply beside `<|im_end|>` and `[EOS]`.
     cancelled: asked before each token and between chunks of the prompt; when true the reply ends
         at once with finish_reason "cancelled". The session is left at a token border, whether
         cancelled, abandoned or interrupted: the next `sync` works.
@@ -156,7 +158,12 @@ def generate(
     Raises ContextError when the prompt does not fit; a reply that fills the context ends with
     finish_reason "length".
     """
-    reply = _Reply(session, tokenizer, params, allow_tools, next_call_index, cancelled)
+    parser = StreamParser(
+        tokenizer,
+        in_reasoning=params.thinking_budget != 0,
+        next_call_index=next_call_index,
+    )
+    reply = _Reply(session, tokenizer, params, parser, allow_tools, eos_token_ids, cancelled)
     return reply.run(prompt_ids, progress)
 
 
@@ -166,8 +173,9 @@ class _Reply:
         session: SessionLike,
         tokenizer: Tokenizer,
         params: SamplingParams,
+        parser: StreamParser,
         allow_tools: bool,
-        next_call_index: int,
+        eos_token_ids: Sequence[int],
         cancelled: Callable[[], bool],
     ) -> None:
         self._session = session
@@ -177,17 +185,15 @@ class _Reply:
         ids = tokenizer.special_tokens
         self._think = supports_thinking(tokenizer)
         self._end_think = ids.get(END_THINK, -1)
-        self._ends = {ids[name] for name in END_TOKENS if name in ids}
+        self._ends = {ids[name] for name in END_TOKENS if name in ids} | {*eos_token_ids}
         self._reasons = self._think and params.thinking_budget != 0
         allowed = {*END_TOKENS}
         if self._reasons:
             allowed |= {THINK, END_THINK}
         if allow_tools:
             allowed |= {*TOOL_TOKENS}
-        self._banned = [i for name, i in ids.items() if name not in allowed]
-        self._parser = StreamParser(
-            tokenizer, in_reasoning=self._reasons, next_call_index=next_call_index
-        )
+        self._banned = [i for name, i in ids.items() if name not in allowed and i not in self._ends]
+        self._parser = parser
         self._stop = StopMatcher(params.stop)
         self._content = ""
         self._started = time.perf_counter()

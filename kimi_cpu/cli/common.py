@@ -246,6 +246,7 @@ def reply_events(
         params,
         allow_tools=bool(tools),
         next_call_index=next_call_index,
+        eos_token_ids=model.engine.config.eos_token_ids,
         cancelled=cancelled,
         progress=progress,
     )

@@ -14,6 +14,7 @@ from typing import Any
 
 import click
 
+from kimi_cpu import __version__
 from kimi_cpu.errors import UserError
 
 #: verb -> (module that holds `command`, what it does)
@@ -23,6 +24,7 @@ VERBS = {
     "inspect": ("kimi_cpu.cli.inspect", "Show what a model folder holds and needs."),
 }
 
+BROKEN_PIPE = 1
 INTERRUPTED = 130
 
 
@@ -57,10 +59,15 @@ class Verbs(click.Group):
 @click.group(
     cls=Verbs,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="Start with `kimi-cpu chat`. KIMI_CPU_MODEL names a default model folder, KIMI_CPU_HOME "
-    "where conversations are kept, NO_COLOR turns colours off.",
+    epilog="""\b
+Start with:
+  kimi-cpu chat
+  kimi-cpu run "What is 17 + 25?"
+
+KIMI_CPU_MODEL names a default model folder, KIMI_CPU_HOME where conversations are kept;
+NO_COLOR turns colours off.""",
 )
-@click.version_option(package_name="kimi-cpu", prog_name="kimi-cpu")
+@click.version_option(__version__, prog_name="kimi-cpu")
 def cli() -> None:
     """Kimi K2 Thinking, and small models of its architecture, on the CPU you have."""
 
@@ -86,10 +93,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, click.Abort):
         print(file=sys.stderr)
         return INTERRUPTED
+    except SystemExit:  # click met a broken pipe, made stdout quiet and exits
+        return BROKEN_PIPE
     except BrokenPipeError:
         # The reader left (`| head`): quiet, also at interpreter exit, where stdout is flushed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return BROKEN_PIPE
     except Exception as error:
         if os.environ.get("KIMI_CPU_DEBUG"):
             raise

@@ -61,6 +61,7 @@ class EditorSource:
         from prompt_toolkit.completion import Completer, Completion
         from prompt_toolkit.history import FileHistory, History, InMemoryHistory
         from prompt_toolkit.key_binding import KeyBindings
+        from prompt_toolkit.shortcuts import CompleteStyle
 
         names = sorted(commands)
 
@@ -86,8 +87,15 @@ class EditorSource:
             history = FileHistory(str(path))
         except OSError as error:
             note(f"No history is kept: {path}: {error.strerror or error}")
+        # Asking the terminal for the cursor's position gains little, its answer may end up among
+        # the text, and terminals without it get a warning.
+        os.environ.setdefault("PROMPT_TOOLKIT_NO_CPR", "1")
         self._session: PromptSession[str] = PromptSession(
-            history=history, completer=Commands(), key_bindings=keys
+            history=history,
+            completer=Commands(),
+            complete_style=CompleteStyle.READLINE_LIKE,
+            key_bindings=keys,
+            reserve_space_for_menu=0,
         )
         self._plain: PromptSession[str] = PromptSession()
         self._hinted = False

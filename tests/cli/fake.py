@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import sys
 import time
@@ -66,8 +67,8 @@ def script(prompt: str) -> str:
     role, text = turns[-1][1], turns[-1][2]
     think = "" if prompt.endswith("</think>") else "<think>Let me think.</think>"
     if role == "tool":
-        if "again" in text:
-            return think + call("calculator", '{"expression": "1"}', 1)
+        if os.environ.get("FAKE_LOOP"):
+            return think + call("calculator", '{"expression": "1"}', prompt.count("Return of"))
         return f"{think}The tool says {text.splitlines()[-1]}."
     if found := re.match(r"calc (.*)", text):
         return think + call("calculator", json.dumps({"expression": found[1]}))
@@ -79,8 +80,8 @@ def script(prompt: str) -> str:
         return think + "word " * 200
     if text.startswith("count"):
         return f"{think}There are {sum(t[1] == 'user' for t in turns)} user turns."
-    if text.startswith("only thoughts"):
-        return "<think>and nothing else"
+    if text.startswith("escape"):
+        return think + "\x1b]0;title\x07"
     return f"{think}You said **{text}**."
 
 
@@ -150,7 +151,9 @@ class FakeSession:
         if self.delay_s:
             time.sleep(self.delay_s)
         self.ids.append(token)
-        if self.reply and token == self.reply[0]:
+        if token == self.tokenizer.special_tokens.get("</think>") and token in self.reply:
+            del self.reply[: self.reply.index(token) + 1]  # perhaps forced
+        elif self.reply and token == self.reply[0]:
             self.reply.pop(0)
         return self._logits()
 
@@ -166,7 +169,7 @@ def load_model(folder: Path, threads: int | None, precision: str):
     from kimi_cpu.cli.common import Loaded
 
     tokenizer = Tokenizer.load(folder)
-    config = SimpleNamespace(max_position_embeddings=CONTEXT)
+    config = SimpleNamespace(max_position_embeddings=CONTEXT, eos_token_ids=())
     engine = SimpleNamespace(config=config, precision=precision, threads=threads or 2)
     session = FakeSession(tokenizer)
     return Loaded(folder, engine, session, tokenizer, ChatTemplate.load(folder))  # type: ignore[arg-type]
