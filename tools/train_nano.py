@@ -1,8 +1,9 @@
 """Train the embedded nano model, or export the newest checkpoint in the published file format.
 
-    python tools/train_nano.py --state DIR --minutes 95          # resumes by itself
-    python tools/train_nano.py --state DIR --export weights/nano
+python tools/train_nano.py --state DIR --minutes 95          # resumes by itself
+python tools/train_nano.py --state DIR --export weights/nano
 """
+
 
 from __future__ import annotations
 

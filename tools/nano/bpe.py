@@ -6,6 +6,7 @@ import base64
 import json
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 
 import regex
@@ -61,7 +62,7 @@ def train_ranks(texts: Iterable[str], size: int, whole_words: int) -> list[bytes
     while len(tokens) + len(words) + len(merges) < size:
         pairs: Counter[tuple[bytes, bytes]] = Counter()
         for piece, parts in pairs_from.items():
-            for pair in zip(parts, parts[1:], strict=False):
+            for pair in pairwise(parts):
                 pairs[pair] += counts[piece]
         if not pairs:
             raise ValueError(f"the corpus gives only {len(merges)} merges")

@@ -111,8 +111,10 @@ _SYMBOLS = {
     "/": ("/", "/", "divided by", "÷"),
 }
 _PHRASES = {
-    "+": ("Add {a} and {b}.", "What is the sum of {a} and {b}?", "Sum {a} and {b}", "{a} and {b} added"),
-    "-": ("Subtract {b} from {a}.", "Take {b} away from {a}.", "What is {a} less {b}?", "{a} take away {b}"),
+    "+": ("Add {a} and {b}.", "What is the sum of {a} and {b}?", "Sum {a} and {b}",
+          "{a} and {b} added"),
+    "-": ("Subtract {b} from {a}.", "Take {b} away from {a}.", "What is {a} less {b}?",
+          "{a} take away {b}"),
     "*": ("Multiply {a} by {b}.", "What is the product of {a} and {b}?", "Multiply {a} and {b}."),
     "/": ("Divide {a} by {b}.", "What is {a} over {b}?"),
 }  # fmt: skip
@@ -207,7 +209,9 @@ def _big_problem(rng: random.Random) -> tuple[str, str]:
             break
     if rng.random() < 0.03:
         a, b = str(rng.randint(2, 20)), str(rng.randint(2, 7))
-        ask = rng.choice(("{a}^{b}", "{a}**{b}", "{a} ^ {b}", "{a} ** {b}", "{a} to the power of {b}"))
+        ask = rng.choice(
+            ("{a}^{b}", "{a}**{b}", "{a} ^ {b}", "{a} ** {b}", "{a} to the power of {b}")
+        )
         return rng.choice(_ASKS).format(e=ask.format(a=a, b=b)), f"{a}**{b}"
     if rng.random() < 0.04:
         return _ask(rng, "-" + a, op, b), f"-{a}{op}{b}"
@@ -228,7 +232,7 @@ def _big_problem(rng: random.Random) -> tuple[str, str]:
 
 def _calculate(rng: random.Random, expression: str) -> str:
     try:
-        value = eval(expression, {"__builtins__": {}})  # noqa: S307 - our own digits and signs
+        value = eval(expression, {"__builtins__": {}})
     except ZeroDivisionError:
         return "error: division by zero"
     if isinstance(value, float):
@@ -254,7 +258,7 @@ def calculation(rng: random.Random, scene: Scene) -> Turn:
         ),
         Step(
             "The calculator answered.",
-            CALCULATOR_FAILED if failed else f"{expression} = {result}.",
+            CALCULATOR_FAILED if failed else f"The result is {result}.",
         ),
     )
     return Turn("calculator", key, _vary(rng, ask), steps)
@@ -269,7 +273,8 @@ def comparison(rng: random.Random, scene: Scene) -> Turn:
     word = rng.choice(("larger", "bigger", "greater")) if larger else "smaller"
     ask = rng.choice(
         (
-            "Which is {w}, {a} or {b}?", "Which number is {w}, {a} or {b}?", "What is {w}, {a} or {b}?",
+            "Which is {w}, {a} or {b}?", "Which number is {w}, {a} or {b}?",
+            "What is {w}, {a} or {b}?",
             "Which is {w}: {a} or {b}?", "{a} or {b}, which is {w}?", "Is {a} or {b} {w}?",
         )
     ).format(w=word, a=a, b=b)  # fmt: skip
@@ -368,7 +373,9 @@ def clock(rng: random.Random, scene: Scene) -> Turn:
     user = _vary(rng, user)
     if "clock" not in scene.names:
         return _without_tool("no_tool", key, user)
-    first = Step("I look at the clock.", calls=(("clock", "{}"),), results=(f"{day} {date} {time}",))
+    first = Step(
+        "I look at the clock.", calls=(("clock", "{}"),), results=(f"{day} {date} {time}",)
+    )
     return Turn("clock", key, user, (first, Step("The clock answered.", answer)))
 
 
@@ -389,9 +396,7 @@ def weather(rng: random.Random, scene: Scene) -> Turn:
     results, answers = [], []
     for city in cities:
         degrees, sky = rng.randint(-9, 39), rng.choice(w.SKIES)
-        results.append(
-            _args(sky=sky, temperature=degrees) if as_json else f"{degrees} C, {sky}"
-        )
+        results.append(_args(sky=sky, temperature=degrees) if as_json else f"{degrees} C, {sky}")
         answers.append(f"{city}: {degrees} C, {sky}.")
     calls = tuple(("get_weather", _args(city=city)) for city in cities)
     first = Step("I call get_weather.", calls=calls, results=tuple(results))
@@ -422,7 +427,9 @@ def timer(rng: random.Random, scene: Scene) -> Turn:
     if "set_timer" not in scene.names:
         return _without_tool("no_tool", key, user)
     result = rng.choice(("ok", "done", "Timer set.", '{"ok":true}', "true"))
-    first = Step("I call set_timer.", calls=(("set_timer", _args(minutes=minutes)),), results=(result,))
+    first = Step(
+        "I call set_timer.", calls=(("set_timer", _args(minutes=minutes)),), results=(result,)
+    )
     answer = f"The timer is set for {minutes} minutes."
     return Turn("tools", key, user, (first, Step("The tool answered.", answer)))
 
@@ -449,7 +456,7 @@ BUILTIN_MIX: tuple[tuple[Family, float], ...] = (
     (comparison, 3), (small_talk, 5), (weather, 1.5), (price, 1), (timer, 1), (dice, 0.5),
 )  # fmt: skip
 OTHER_MIX: tuple[tuple[Family, float], ...] = (
-    (weather, 16), (price, 14), (timer, 12), (dice, 8), (calculation, 14), (clock, 7),
+    (weather, 20), (price, 18), (timer, 14), (dice, 6), (calculation, 12), (clock, 4),
     (small_sum, 10), (fact, 5), (anything_else, 7), (comparison, 1), (small_talk, 3),
 )  # fmt: skip
 

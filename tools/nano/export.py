@@ -154,6 +154,7 @@ def export(model: Nano, codec: Codec, ranks: Path, folder: Path, quantized: bool
     for number, shard in enumerate(_shards(tensors), 1):
         name = f"model-{number:05d}-of-{SHARDS:06d}.safetensors"
         save_file(shard, folder / name, metadata={"format": "pt"})
+        (folder / name).chmod(0o644)
         file_bytes += (folder / name).stat().st_size
         weight_map |= dict.fromkeys(shard, name)
         size += sum(t.numel() * t.element_size() for t in shard.values())

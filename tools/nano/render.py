@@ -230,7 +230,7 @@ def training_batch(codec: Codec, seed: int, step: int, rank: int) -> list[Bucket
     rng = random.Random(f"{seed}/{step}/{rank}")
     short = [fill_row(rng, codec, 256, "plain", False) for _ in range(4)]
     long_row = (step + rank) % 4 == 0
-    kinds = ["builtin", "other", "builtin", "builtin", "plain" if step % 8 < 4 else "other"]
+    kinds = ["builtin", "other", "builtin", "other", "plain" if step % 8 < 4 else "builtin"]
     tools = [fill_row(rng, codec, 384, kind, False) for kind in kinds[: 2 if long_row else 5]]
     out = [bucket(short), bucket(tools)]
     if long_row:

@@ -71,7 +71,9 @@ def other_scene(rng: random.Random) -> Scene:
 
 def draw_scene(rng: random.Random, kind: str) -> Scene:
     """A scene of kind ``plain``, ``builtin`` or ``other``; a few have a system message."""
-    scene = {"plain": lambda: _PLAIN, "builtin": lambda: _BUILTIN}.get(kind, lambda: other_scene(rng))()
+    scene = {"plain": lambda: _PLAIN, "builtin": lambda: _BUILTIN}.get(
+        kind, lambda: other_scene(rng)
+    )()
     if rng.random() < 0.06:
         scene = Scene(scene.tools, rng.choice(SYSTEMS), scene.names)
     return scene

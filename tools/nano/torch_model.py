@@ -131,7 +131,7 @@ def _parts(sizes: list[int]) -> Iterator[tuple[slice, int]]:
 
 
 def int4_round(w: Tensor) -> Tensor:
-    """``w`` [E, in, out] as INT4 in groups of 32 along ``in`` with bfloat16 scales would give it."""
+    """``w`` [E, in, out] after INT4 rounding in groups of 32 along ``in``, bfloat16 scales."""
     q, scale = int4_quantize(w)
     return (q * scale.repeat_interleave(32, dim=1)).to(w.dtype)
 
@@ -273,7 +273,9 @@ class Nano(nn.Module):
             for r, mask in zip(rows, masks, strict=True):
                 b, t = r["ids"].shape
                 qb, kb, vb = (
-                    z[start : start + b * t].view(b, t, self.c.num_attention_heads, -1).transpose(1, 2)
+                    z[start : start + b * t]
+                    .view(b, t, self.c.num_attention_heads, -1)
+                    .transpose(1, 2)
                     for z in (q, k, v)
                 )
                 probs = torch.softmax(qb @ kb.transpose(2, 3) + mask, -1)
@@ -284,7 +286,9 @@ class Nano(nn.Module):
                 x, o, real = x[keep], o[keep], real[keep]
             x = x + (o @ layer.o.to(dt)).float()
             x = x + layer.feed_forward(x, dt, self.fake_int4, real)
-        each = F.cross_entropy(self.logits(x, dt).float(), labels[keep].clamp_min(0), reduction="none")
+        each = F.cross_entropy(
+            self.logits(x, dt).float(), labels[keep].clamp_min(0), reduction="none"
+        )
         return (each * weights[keep]).sum() / weights.sum()
 
     @torch.no_grad()

@@ -21,7 +21,7 @@ from torch import Tensor
 from .bpe import Codec, read_ranks
 from .optim import Optimizer
 from .render import Bucket, training_batch
-from .torch_model import NanoConfig, Nano
+from .torch_model import Nano, NanoConfig
 
 WORLD = 2
 WARM_UP = 40
@@ -111,7 +111,9 @@ def load_model(state: Path, ema: bool) -> tuple[Nano, dict[str, Any], Codec]:
     return model, saved["record"], Codec(read_ranks(state / "ranks"))
 
 
-def _save(state: Path, rank: int, step: int, opt: Optimizer, payload: dict[str, Any] | None) -> None:
+def _save(
+    state: Path, rank: int, step: int, opt: Optimizer, payload: dict[str, Any] | None
+) -> None:
     folder = state / f"step-{step:06d}"
     folder.mkdir(exist_ok=True)
     torch.save(opt.state(), folder / f"optimizer{rank}.pt")

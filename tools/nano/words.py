@@ -1,5 +1,6 @@
 """Closed lists and phrasings of the nano model's data; all written for this project."""
 
+# ruff: noqa: SIM905 - word lists read better as text
 from __future__ import annotations
 
 CAPITALS: dict[str, str] = {
