@@ -1,0 +1,132 @@
+"""MLA attention, its absorbed matrices, norms and rotary embedding, against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kimi_cpu.kernels import fast, reference
+from kimi_cpu.quant import f32_to_bf16
+
+DIMS = [
+    # T, H, N, P, V, R, start
+    (1, 4, 16, 8, 16, 32, 0), (1, 4, 16, 8, 16, 32, 63), (1, 1, 3, 2, 5, 7, 64),
+    (3, 5, 16, 4, 12, 50, 61),
+    (2, 3, 128, 64, 128, 512, 70), (67, 2, 24, 8, 20, 40, 0), (130, 3, 10, 6, 9, 33, 5),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "heads", "n_dim", "p", "v", "rank", "start"), DIMS)
+@pytest.mark.parametrize("bf16", [False, True])
+def test_mla_decode(inputs, close, n, heads, n_dim, p, v, rank, start, bf16):
+    q_lat, q_pe = inputs.f32(n, heads, rank), inputs.f32(n, heads, p)
+    c_kv, k_pe = inputs.f32(start + n + 2, rank), inputs.f32(start + n + 2, p)
+    c_kv[start + n :] = np.nan  # rows that no query may see are not even read
+    k_pe[start + n :] = np.nan
+    if bf16:
+        c_kv, k_pe = f32_to_bf16(c_kv), f32_to_bf16(k_pe)
+    got = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1)
+    rows = start + n
+    close(got, reference.mla_decode(q_lat, q_pe, c_kv[:rows], k_pe[:rows], start, 0.1))
+
+
+@pytest.mark.parametrize(("n", "heads", "n_dim", "p", "v", "rank", "start"), DIMS)
+def test_mla_prefill(inputs, close, n, heads, n_dim, p, v, rank, start):
+    q_nope, q_pe = inputs.f32(n, heads, n_dim), inputs.f32(n, heads, p)
+    kv, k_pe = inputs.f32(start + n, heads, n_dim + v), inputs.f32(start + n, p)
+    args = (q_nope, q_pe, kv, k_pe, start, 0.2)
+    close(fast.mla_prefill(*args), reference.mla_prefill(*args))
+    bits = f32_to_bf16(k_pe)
+    args = (q_nope, q_pe, kv, bits, start, 0.2)
+    close(fast.mla_prefill(*args), reference.mla_prefill(*args))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "f32", "int4"])
+@pytest.mark.parametrize(("n", "heads", "n_dim", "v", "rank"), [(1, 4, 16, 16, 32),
+                                                              (7, 3, 5, 4, 64),
+                                                              (5, 2, 128, 128, 512)])  # fmt: skip
+def test_absorbed_matrices(inputs, close, kind, n, heads, n_dim, v, rank):
+    w = inputs.weight(kind, heads * (n_dim + v), rank)
+    q = inputs.f32(n, heads, n_dim)
+    q_lat = reference.absorb_q(q, w)
+    close(fast.absorb_q(q, w), q_lat)
+    close(fast.absorb_v(q_lat, w, v), reference.absorb_v(q_lat, w, v))
+
+
+@pytest.mark.parametrize("rank", [33, 100])
+def test_absorbed_matrices_of_odd_rank(inputs, close, rank):
+    w, q = inputs.weight("bf16", 3 * (5 + 6), rank), inputs.f32(5, 3, 5)
+    q_lat = reference.absorb_q(q, w)
+    close(fast.absorb_q(q, w), q_lat)
+    close(fast.absorb_v(q_lat, w, 6), reference.absorb_v(q_lat, w, 6))
+
+
+def test_decode_and_prefill_agree(inputs, close):
+    """The absorbed form and the per-head form are the same attention."""
+    n, heads, n_dim, p, v, rank, start = 6, 3, 16, 8, 12, 40, 80
+    w = inputs.f32(heads * (n_dim + v), rank)
+    q_nope, q_pe = inputs.f32(n, heads, n_dim), inputs.f32(n, heads, p)
+    c_kv, k_pe = inputs.f32(start + n, rank), inputs.f32(start + n, p)
+    o_lat = fast.mla_decode(fast.absorb_q(q_nope, w), q_pe, c_kv, k_pe, start, 0.05)
+    kv = fast.linear(c_kv, w).reshape(start + n, heads, n_dim + v)
+    close(fast.absorb_v(o_lat, w, v), fast.mla_prefill(q_nope, q_pe, kv, k_pe, start, 0.05), 1e-4)
+
+
+def test_a_query_does_not_see_its_neighbours(inputs, monkeypatch):
+    n, heads, rank, p, start = 70, 3, 48, 8, 60
+    monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
+    q_lat, q_pe = inputs.f32(n, heads, rank), inputs.f32(n, heads, p)
+    c_kv, k_pe = inputs.f32(start + n, rank), inputs.f32(start + n, p)
+    kv = inputs.f32(start + n, heads, rank + 20)
+    decode = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1)
+    prefill = fast.mla_prefill(q_lat, q_pe, kv, k_pe, start, 0.1)
+    for t in (0, 1, 5, 63, 64, 69):
+        s = slice(t, t + 1)
+        one = fast.mla_decode(q_lat[s], q_pe[s], c_kv, k_pe, start + t, 0.1, threads=2)
+        np.testing.assert_array_equal(decode[s], one)
+        one = fast.mla_prefill(q_lat[s], q_pe[s], kv, k_pe, start + t, 0.1, threads=2)
+        np.testing.assert_array_equal(prefill[s], one)
+    for threads in (2, 5):
+        again = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1, threads=threads)
+        np.testing.assert_array_equal(decode, again)
+        again = fast.mla_prefill(q_lat, q_pe, kv, k_pe, start, 0.1, threads=threads)
+        np.testing.assert_array_equal(prefill, again)
+
+
+def test_large_scores_do_not_overflow(inputs, close):
+    q_lat, q_pe = 100 * inputs.f32(1, 4, 32), inputs.f32(1, 4, 8)
+    c_kv, k_pe = 100 * inputs.f32(130, 32), inputs.f32(130, 8)
+    args = (q_lat, q_pe, c_kv, k_pe, 129, 1.0)
+    close(fast.mla_decode(*args), reference.mla_decode(*args))
+
+
+def test_caches_that_are_too_short_are_refused(inputs):
+    q_lat, q_pe = inputs.f32(2, 3, 16), inputs.f32(2, 3, 8)
+    with pytest.raises(ValueError, match="cache"):
+        fast.mla_decode(q_lat, q_pe, inputs.f32(6, 16), inputs.f32(6, 8), 5, 1.0)
+    with pytest.raises(ValueError, match="keys"):
+        fast.mla_prefill(q_lat, q_pe, inputs.f32(6, 3, 20), inputs.f32(6, 8), 5, 1.0)
+
+
+@pytest.mark.parametrize("d", [1, 7, 16, 192, 1000])
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+def test_rmsnorm(inputs, close, d, kind):
+    x = inputs.f32(3, d)
+    w = inputs.weight(kind, 1, d)[0]
+    close(fast.rmsnorm(x, w, 1e-5), reference.rmsnorm(x, w, 1e-5))
+    zero = np.zeros_like(x)
+    assert not fast.rmsnorm(zero, w, 1e-6).any()
+
+
+@pytest.mark.parametrize(("n", "heads", "p"), [(1, 1, 2), (3, 4, 10), (2, 64, 64)])
+def test_rope(inputs, close, n, heads, p):
+    angle = inputs.f32(n, p // 2)
+    args = (inputs.f32(n, heads, p), np.cos(angle), np.sin(angle))
+    close(fast.rope(*args), reference.rope(*args), 1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 16, 37])
+def test_silu_mul(inputs, close, width):
+    gate, up = 5 * inputs.f32(3, width), inputs.f32(3, width)
+    gate[0, 0], gate[1, 0] = 1000, -1000
+    close(fast.silu_mul(gate, up), reference.silu_mul(gate, up))

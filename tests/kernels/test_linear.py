@@ -1,0 +1,137 @@
+"""Linear layers over every kind of weight, against the reference."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kimi_cpu.kernels import fast, reference
+from kimi_cpu.quant import GROUP_SIZE, Int4Weight, f32_to_bf16, quantize_int4, unpack_int4
+
+SHAPES = [
+    # T, D, O: around the borders of vectors, packed parts, tiles and row blocks
+    (1, 1, 1), (1, 15, 3), (2, 16, 4), (3, 17, 5), (1, 33, 9), (5, 31, 7), (4, 64, 33),
+    (9, 100, 65),
+    (1, 192, 32), (1, 200, 130), (6, 48, 31),
+]  # fmt: skip
+GROUPED = [(1, 32, 1), (1, 32, 7), (2, 64, 8), (1, 96, 9), (3, 128, 33), (1, 480, 40), (5, 512, 5),
+           (4, 544, 70), (1, 1056, 17), (7, 1536, 12)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "d", "rows"), SHAPES)
+@pytest.mark.parametrize("kind", ["f32", "bf16"])
+def test_dense(inputs, close, kind, n, d, rows):
+    x, w = inputs.f32(n, d), inputs.weight(kind, rows, d)
+    close(fast.linear(x, w), reference.linear(x, w))
+
+
+@pytest.mark.parametrize(("n", "d", "rows"), GROUPED)
+def test_int4_exact(inputs, close, n, d, rows):
+    x, w = inputs.f32(n, d), inputs.weight("int4", rows, d)
+    close(fast.linear(x, w), reference.linear(x, w))
+
+
+@pytest.mark.parametrize(("n", "d", "rows"), GROUPED)
+def test_int4_q8(inputs, close, n, d, rows):
+    x, w = inputs.f32(n, d), inputs.weight("int4", rows, d)
+    close(
+        fast.linear_q8(fast.quantize_activations(x), w),
+        reference.linear_q8(reference.quantize_activations(x), w),
+    )
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(1, 10), st.integers(1, 40), st.integers(1, 70), st.integers(0, 99))
+def test_q8_any_shape(n, groups, rows, seed):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, groups * GROUP_SIZE)).astype(np.float32)
+    w = quantize_int4(rng.standard_normal((rows, groups * GROUP_SIZE)).astype(np.float32))
+    got = fast.linear_q8(fast.quantize_activations(x), w)
+    want = reference.linear_q8(reference.quantize_activations(x), w)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("d", [32, 192, 512, 1120])
+def test_quantised_activations_equal_the_reference(inputs, d):
+    x = inputs.f32(3, d)
+    x[0, :32] = 0
+    x[1, 5] = 1e6
+    x[2, 7] = -x[2, :32].max() * 3
+    got, want = fast.quantize_activations(x).unpack(), reference.quantize_activations(x)
+    np.testing.assert_array_equal(got.q, want.q)
+    np.testing.assert_allclose(got.scale, want.scale, rtol=2e-7)
+
+
+def test_integers_are_exact_at_the_extremes():
+    """All nibble values against activations of +-127: the integer part has no rounding at all."""
+    d, rows = 1056, 16
+    nibbles = np.tile(np.arange(rows, dtype=np.uint8)[:, None], (1, d // 2))
+    scale = f32_to_bf16(np.ones((rows, d // 32), np.float32))
+    w = Int4Weight(nibbles | nibbles << 4, scale)
+    for x in (np.ones(d), -np.ones(d), np.resize([1.0, -1.0], d), np.resize([1.0, 1.0, -1.0], d)):
+        x = (127 * x[None, :]).astype(np.float32)
+        want = unpack_int4(w.packed).astype(np.int64) @ x[0].astype(np.int64)
+        q = fast.quantize_activations(x)
+        np.testing.assert_allclose(fast.linear_q8(q, w)[0], want, rtol=2e-7)
+        np.testing.assert_array_equal(fast.linear(x, w)[0], want)
+
+
+def test_zero_groups_give_zero(inputs, close):
+    x, w = inputs.f32(2, 96), inputs.f32(5, 96)
+    w[:, 32:64] = 0
+    w[3] = 0
+    x[1] = 0
+    packed = quantize_int4(w)
+    got = fast.linear_q8(fast.quantize_activations(x), packed)
+    assert not got[1].any() and not got[:, 3].any()
+    close(fast.linear(x, packed), reference.linear(x, packed))
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int4"])
+def test_a_token_does_not_see_its_neighbours(inputs, kind):
+    x, w = inputs.f32(11, 608), inputs.weight(kind, 37, 608)
+    together = fast.linear(x, w)
+    for t in range(len(x)):
+        np.testing.assert_array_equal(together[t], fast.linear(x[t : t + 1], w)[0])
+    if kind == "int4":
+        together = fast.linear_q8(fast.quantize_activations(x), w)
+        for t in range(len(x)):
+            one = fast.linear_q8(fast.quantize_activations(x[t : t + 1]), w)
+            np.testing.assert_array_equal(together[t], one[0])
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int4"])
+@pytest.mark.parametrize("n", [1, 6])
+def test_threads_do_not_change_the_result(inputs, kind, n, monkeypatch):
+    monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
+    x, w = inputs.f32(n, 96), inputs.weight(kind, 333, 96)
+    one = fast.linear(x, w, threads=1)
+    for threads in (2, 3, 8):
+        np.testing.assert_array_equal(one, fast.linear(x, w, threads=threads))
+
+
+def test_unaligned_read_only_weights(inputs, close):
+    """Views into a mapped file start anywhere and cannot be written."""
+    d, rows = 160, 9
+    x, w = inputs.f32(1, d), inputs.weight("bf16", rows, d)
+    raw = np.frombuffer(b"\0" + w.tobytes(), dtype=np.uint8)
+    view = np.frombuffer(raw.data, dtype=np.uint16, offset=1).reshape(rows, d)
+    close(fast.linear(x, view), reference.linear(x, w))
+
+
+def test_wrong_shapes_are_refused(inputs):
+    x, w = inputs.f32(2, 64), inputs.f32(3, 32)
+    with pytest.raises(ValueError, match="shape"):
+        fast.linear(x, w)
+    with pytest.raises(ValueError, match="contiguous"):
+        fast.linear(x[:, ::2], w)
+    with pytest.raises(ValueError, match="contiguous"):
+        fast.linear(inputs.f32(2, 3), w.T[:3])
+    with pytest.raises(ValueError, match="groups"):
+        fast.quantize_activations(inputs.f32(1, 33))
+    with pytest.raises(ValueError, match="features"):
+        fast.linear_q8(fast.quantize_activations(x), quantize_int4(w))
+    with pytest.raises(TypeError, match="weight"):
+        fast.linear(x, np.zeros((3, 64), np.float64))
