@@ -197,10 +197,10 @@ def _power(a: Number, b: Number) -> Number:
         if a not in (-1, 0, 1) and a.bit_length() * b > 4 * MAX_DIGITS + 64:
             raise _Refused("the numbers are too large")
         return int(a**b)
-    value = float(a) ** float(b)
+    value: Any = float(a) ** float(b)
     if isinstance(value, complex):
         raise _Refused("the result is not a real number")
-    return value
+    return float(value)
 
 
 def _bounded(value: Any) -> Number:

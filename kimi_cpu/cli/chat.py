@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
+import os
+import sys
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +14,7 @@ import click
 from kimi_cpu.cli import common
 from kimi_cpu.cli.conversations import Conversation, ConversationStore, data_folder
 from kimi_cpu.cli.terminal import note, print_error, printable
+from kimi_cpu.cli.warmup import Warmup
 from kimi_cpu.errors import UserError
 
 if TYPE_CHECKING:
@@ -58,6 +62,11 @@ def command(
     chat = Chat(loaded, params, source, store, conversation, declared, tools != "none", not no_save)
     chat.greet(resumed=bool(conversation.messages))
     chat.loop()
+    if not chat.warmup.abandon():
+        # Native code cannot be interrupted, and leaving under it could crash: everything is saved.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 @dataclass
@@ -93,6 +102,7 @@ class Chat:
         self.conversation = conversation
         self.totals = Totals()
         self.running = True
+        self.warmup = Warmup(model.session)
         self._source = source
         self._save = save
         taken = {tool["function"]["name"] for tool in declared}
@@ -107,10 +117,13 @@ class Chat:
             note(f"kimi-cpu chat · {self.model.name} · /help lists the commands, Ctrl-D leaves")
         if resumed:
             self.recall()
+            if self.conversation.model not in ("", self.model.name):
+                note(f"It was held with {self.conversation.model}.")
 
     def loop(self) -> None:
         """Read lines until the end of input or /exit."""
         while self.running:
+            self._warm_up()
             try:
                 line = self._source.read()
             except EOFError:
@@ -119,6 +132,13 @@ class Chat:
                 self.handle(line)
         if self._source.interactive and self.conversation.name and self._save:
             note(f"Saved as {self.conversation.name}; `kimi-cpu chat --continue` resumes it.")
+
+    def _warm_up(self) -> None:
+        """Compute what is known of the next prompt, if there is time while a person types."""
+        if self._source.interactive:
+            messages = common.with_system(self.conversation.system, self.conversation.messages)
+            with contextlib.suppress(UserError):  # the reply will show it
+                self.warmup.start(self.model.prompt(messages, self._tools, reply=False)[0])
 
     def handle(self, line: str) -> None:
         """One line of the user: a command or a message."""
@@ -222,7 +242,7 @@ class Chat:
         try:
             with Interrupt(self._source.interactive) as stop:
                 for event in common.reply_events(
-                    self.model, messages, self._tools, params, stop.is_set
+                    self.model, messages, self._tools, params, stop.is_set, self.warmup
                 ):
                     view.show(event)
                     if isinstance(event, Result):

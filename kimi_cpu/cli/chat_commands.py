@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from kimi_cpu.cli.conversations import Conversation
-from kimi_cpu.cli.terminal import note
+from kimi_cpu.cli.terminal import tell
 from kimi_cpu.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -30,14 +30,14 @@ def _help(chat: Chat, argument: str) -> None:
     width = max(len(command.usage) for command in COMMANDS.values())
     for name, command in COMMANDS.items():
         if name not in ALIASES:
-            note(f"  {command.usage:<{width}}  {command.help}")
-    note("  Alt-Enter begins a new line; pasted text may have several; //text sends /text.")
-    note("  Ctrl-C stops a reply and keeps what was said; Ctrl-D leaves.")
+            tell(f"  {command.usage:<{width}}  {command.help}")
+    tell("  Alt-Enter begins a new line; pasted text may have several; //text sends /text.")
+    tell("  Ctrl-C stops a reply and keeps what was said; Ctrl-D leaves.")
 
 
 def _new(chat: Chat, argument: str) -> None:
     chat.start(Conversation(system=chat.conversation.system))
-    note("A new conversation.")
+    tell("A new conversation.")
 
 
 def _undo(chat: Chat, argument: str) -> None:
@@ -46,7 +46,7 @@ def _undo(chat: Chat, argument: str) -> None:
         raise UsageError("there is nothing to take back", "Say something first.")
     chat.save()
     line = " ".join(text.split())
-    note(f"Taken back: {line if len(line) <= 60 else line[:59] + '…'}")
+    tell(f"Taken back: {line if len(line) <= 60 else line[:59] + '…'}")
 
 
 def _retry(chat: Chat, argument: str) -> None:
@@ -62,9 +62,9 @@ def _think(chat: Chat, argument: str) -> None:
         raise UsageError(f"/think {argument} is not known", "/think on, /think off or /think 200")
     budget = chat.params.thinking_budget
     if budget is None:
-        note("Thinking is on.")
+        tell("Thinking is on.")
     else:
-        note(f"Thinking is limited to {budget:,} tokens." if budget else "Thinking is off.")
+        tell(f"Thinking is limited to {budget:,} tokens." if budget else "Thinking is off.")
 
 
 def _system(chat: Chat, argument: str) -> None:
@@ -72,9 +72,9 @@ def _system(chat: Chat, argument: str) -> None:
         chat.conversation.system = "" if argument == "default" else argument
         chat.save()
     text = chat.conversation.system
-    note(f"System message: {text}" if text else "System message: the model's default.")
+    tell(f"System message: {text}" if text else "System message: the model's default.")
     if text:
-        note("/system default goes back to the model's own.")
+        tell("/system default goes back to the model's own.")
 
 
 def _save(chat: Chat, argument: str) -> None:
@@ -87,7 +87,7 @@ def _save(chat: Chat, argument: str) -> None:
         conversation.name = argument
     conversation.model = chat.model.name
     chat.store.save(conversation)
-    note(f"Saved as {conversation.name}; later changes go there too.")
+    tell(f"Saved as {conversation.name}; later changes go there too.")
 
 
 def _load(chat: Chat, argument: str) -> None:
@@ -103,7 +103,7 @@ def _load(chat: Chat, argument: str) -> None:
 def _sessions(chat: Chat, argument: str) -> None:
     names = chat.store.names()
     if not names:
-        note("No conversations are kept yet.")
+        tell("No conversations are kept yet.")
     for number, name in enumerate(names[:SHOWN_SESSIONS], 1):
         try:
             saved = chat.store.load(name)
@@ -111,9 +111,9 @@ def _sessions(chat: Chat, argument: str) -> None:
         except UserError:
             title, when = "(damaged)", ""
         here = "*" if name == chat.conversation.name else " "
-        note(f"{here}{number:>3}  {name:<18} {when:<16}  {title}")
+        tell(f"{here}{number:>3}  {name:<18} {when:<16}  {title}")
     if len(names) > SHOWN_SESSIONS:
-        note(f"      and {len(names) - SHOWN_SESSIONS} older ones in {chat.store.folder}")
+        tell(f"      and {len(names) - SHOWN_SESSIONS} older ones in {chat.store.folder}")
 
 
 def _when(stamp: str) -> str:
@@ -135,7 +135,7 @@ def _stats(chat: Chat, argument: str) -> None:
         "prompts": f"{totals.prompt_tokens:,} tokens, {totals.cached_tokens:,} of them reused",
     }
     for name, text in rows.items():
-        note(f"  {name:<12}  {text}")
+        tell(f"  {name:<12}  {text}")
 
 
 def _exit(chat: Chat, argument: str) -> None:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kimi_cpu.chat.generate import Result
     from kimi_cpu.chat.parser import Event
     from kimi_cpu.chat.template import ChatTemplate
+    from kimi_cpu.cli.warmup import Warmup
     from kimi_cpu.engine import Engine, Session
     from kimi_cpu.sampling import SamplingParams
     from kimi_cpu.tokenizer import Tokenizer
@@ -79,14 +80,19 @@ class Loaded:
         return self.folder.name if self.folder.name != "_nano" else "nano"
 
     def prompt(
-        self, messages: Messages, tools: Tools, thinking: bool | None
+        self, messages: Messages, tools: Tools, *, thinking: bool | None = None, reply: bool = True
     ) -> tuple[list[int], int]:
-        """The token ids up to the reply that is wanted, and the index of its first call."""
+        """The token ids up to the reply that is wanted, and the index of its first call.
+
+        reply: whether the ids end where the reply begins; else where the next message does.
+        """
         from kimi_cpu.chat.messages import normalise
         from kimi_cpu.chat.template import encode_segments
 
         checked = normalise(messages, tools or None)
-        segments = self.template.render_segments(checked.messages, checked.tools, thinking=thinking)
+        segments = self.template.render_segments(
+            checked.messages, checked.tools, reply, thinking=thinking
+        )
         return encode_segments(self.tokenizer, segments), checked.next_call_index
 
 
@@ -138,7 +144,11 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.load(folder)
         from kimi_cpu.engine import Engine
+        from kimi_cpu.kernels import isa
 
+        if not isa.is_cached():
+            status.clear()
+            note("Compiling the kernels for this CPU: half a minute, only this once.")
         engine = Engine.load(folder, precision=precision, threads=threads)  # type: ignore[arg-type]
     finally:
         status.clear()
@@ -223,13 +233,20 @@ def reply_events(
     tools: Tools,
     params: SamplingParams,
     cancelled: Callable[[], bool] = lambda: False,
+    warmup: Warmup | None = None,
 ) -> Iterator[Event | Result]:
-    """`generate` on a conversation, with a status line until the first event."""
+    """`generate` on a conversation, with a status line until the first event.
+
+    warmup: it may be using the session, and gives it back first.
+    """
     from kimi_cpu.chat.generate import generate
 
     thinking = False if params.thinking_budget == 0 else None
-    prompt, next_call_index = model.prompt(messages, tools, thinking)
+    prompt, next_call_index = model.prompt(messages, tools, thinking=thinking)
     status = Status()
+    if warmup is not None:
+        status.show("getting ready ...")
+        warmup.finish(prompt)
     todo = len(prompt) - model.session.common_prefix(prompt)
     status.show(f"reading {todo:,} tokens ...")
     started = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from kimi_cpu.cli import common
 from kimi_cpu.errors import UsageError
 
 if TYPE_CHECKING:
+    from kimi_cpu.hardware import Hardware
     from kimi_cpu.store.summary import Summary
 
 _DTYPE_NAMES = {"I32": "INT4 (packed in I32)", "BF16": "bf16", "F32": "float32", "I64": "int64"}
@@ -26,6 +28,7 @@ _DTYPE_NAMES = {"I32": "INT4 (packed in I32)", "BF16": "bf16", "F32": "float32",
 def command(path: str | None, as_json: bool) -> None:
     """Show what a model folder holds and needs."""
     folder = _folder(path)
+    from kimi_cpu import hardware
     from kimi_cpu.config import ModelConfig
     from kimi_cpu.store.checkpoint import Checkpoint
     from kimi_cpu.store.summary import summarise
@@ -36,10 +39,12 @@ def command(path: str | None, as_json: bool) -> None:
         checkpoint = Checkpoint.open(folder)
         summary = summarise(checkpoint)
         checkpoint.close()
+    machine = hardware.detect()
     if as_json:
-        click.echo(json.dumps({"path": str(folder), **summary.as_dict()}, indent=2))
+        value = {"path": str(folder), **summary.as_dict(), "machine": asdict(machine)}
+        click.echo(json.dumps(value, indent=2))
     else:
-        click.echo(_text(folder, summary))
+        click.echo(_text(folder, summary, machine))
 
 
 def _folder(path: str | None) -> Path:
@@ -72,7 +77,7 @@ def count(n: float) -> str:
     return f"{n:.0f}"
 
 
-def _text(folder: Path, summary: Summary) -> str:
+def _text(folder: Path, summary: Summary, machine: Hardware) -> str:
     config = summary.config
     yarn = config["rope_scaling"]
     rope = f"theta {config['rope_theta']:g}"
@@ -125,6 +130,11 @@ def _text(folder: Path, summary: Summary) -> str:
         ),
         ("RAM at least", f"{size(summary.ram_minimum_bytes)}; the experts then come from disk"),
         ("RAM at best", f"{size(summary.ram_all_bytes)}; nothing is read twice"),
+        (
+            "this machine has",
+            f"{size(machine.ram_bytes)} of RAM, {size(machine.available_ram_bytes)} of it free; "
+            f"{machine.threads} cores, {machine.cpu}",
+        ),
     ]
     return "\n".join("" if row is None else f"{row[0]:<17} {row[1]}" for row in rows)
 

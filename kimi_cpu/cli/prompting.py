@@ -33,7 +33,13 @@ class LineSource:
         self.interactive = is_terminal(sys.stdin)
 
     def read(self) -> str:
-        return self._line(PROMPT)
+        while True:
+            try:
+                return self._line(PROMPT)
+            except KeyboardInterrupt:  # the terminal dropped the line; the chat goes on
+                if not self.interactive:
+                    raise
+                sys.stderr.write("\n")
 
     def ask(self, question: str) -> str:
         try:

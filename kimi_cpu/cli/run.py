@@ -63,6 +63,8 @@ def command(
         return
     for call in result.message.get("tool_calls", ()):
         click.echo(printable(common.call_line(call)))
+    if not (result.message.get("content") or result.message.get("tool_calls")):
+        note("The reply is all reasoning; --thinking-budget N makes the model come to an answer.")
     note(common.footer(result))
 
 

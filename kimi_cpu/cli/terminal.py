@@ -65,8 +65,13 @@ def print_error(message: str, hint: str = "") -> None:
 
 
 def note(text: str) -> None:
-    """One dim line on stderr."""
+    """One dim line on stderr: something said by the way."""
     print(styled(printable(text), DIM, sys.stderr), file=sys.stderr, flush=True)
+
+
+def tell(text: str) -> None:
+    """A line on stderr that the user asked for."""
+    print(printable(text), file=sys.stderr, flush=True)
 
 
 class Status:

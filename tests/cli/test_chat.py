@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -188,23 +189,27 @@ class Person:
             timeout=20,
             dimensions=(24, 80),
         )
-        self.seen = ""
+        self.seen, self.read = "", 0
 
     def wait(self, text: str) -> str:
-        """Until text (a regular expression) appears, styles aside; what came before it."""
+        """What appears until text (a regular expression) does, styles aside, text included."""
         end = time.time() + 20
-        start = len(self.seen)
-        while not (found := re.search(text, ESCAPES.sub("", self.seen[start:]))):
-            assert time.time() < end, f"no {text!r} in {self.seen[start:]!r}"
+        while not (found := re.search(text, self._unread())):
+            assert time.time() < end, f"no {text!r} in {self._unread()!r}"
             try:
                 self.seen += self.child.read_nonblocking(10000, 0.2)
             except pexpect.TIMEOUT:
                 continue
             except pexpect.EOF:
-                found = re.search(text, ESCAPES.sub("", self.seen[start:]))
-                assert found, f"left without {text!r}: {self.seen[start:]!r}"
+                found = re.search(text, self._unread())
+                assert found, f"left without {text!r}: {self._unread()!r}"
                 break
-        return ESCAPES.sub("", self.seen[start:])
+        screen = self._unread()[: found.end()]
+        self.read += len(screen)
+        return screen
+
+    def _unread(self) -> str:
+        return ESCAPES.sub("", self.seen)[self.read :]
 
     def type(self, text: str) -> None:
         self.child.send(text)
@@ -213,10 +218,8 @@ class Person:
         self.type(text + "\r")
 
     def left(self) -> int:
-        try:
+        with contextlib.suppress(pexpect.EOF):
             self.seen += self.child.read()
-        except pexpect.EOF:
-            pass
         self.child.close()
         return self.child.exitstatus if self.child.exitstatus is not None else -1
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from kimi_cpu.cli.markdown import MarkdownStream
 from kimi_cpu.cli.terminal import char_widths, printable
 
-B, D, I, C, R = "\x1b[1m", "\x1b[2m", "\x1b[3m", "\x1b[36m", "\x1b[0m"
+B, D, IT, C, R = "\x1b[1m", "\x1b[2m", "\x1b[3m", "\x1b[36m", "\x1b[0m"
 
 
 class Screen(io.StringIO):
@@ -45,7 +45,7 @@ def plain(text: str) -> str:
     ("text", "shown"),
     [
         ("a **b** c", f"a {B}b {R}c"),
-        ("a *b*", f"a {I}b{R}"),
+        ("a *b*", f"a {IT}b{R}"),
         ("`a*b`", f"{C}a*b{R}"),
         ("# T\nx", f"{B}# T{R}\nx"),
         ("- x\n* y\n+ z", "• x\n• y\n• z"),
@@ -58,7 +58,7 @@ def plain(text: str) -> str:
         ("391", "391"),
         ("**bold", f"{B}bold{R}"),
         ("**b\nc", f"{B}b{R}\nc"),
-        ("***x***", f"{B}{I}x{R}"),
+        ("***x***", f"{B}{IT}x{R}"),
         ("| a | b |", "| a | b |"),
         ("\x1b[31mred", "␛[31mred"),
     ],

