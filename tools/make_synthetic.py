@@ -71,7 +71,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What decides the bytes of a checkpoint. None stands for the default of the size."""
+    """What decides the bytes of a checkpoint; named as the options."""
 
     layers: int
     dense: int
