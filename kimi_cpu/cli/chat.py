@@ -115,6 +115,8 @@ class Chat:
         """Say where we are."""
         if self._source.interactive:
             note(f"kimi-cpu chat · {self.model.name} · /help lists the commands, Ctrl-D leaves")
+            if self.model.embedded and not resumed:
+                note("Try: " + " · ".join(common.NANO_EXAMPLES))
         if resumed:
             self.recall()
             if self.conversation.model not in ("", self.model.name):
@@ -229,6 +231,8 @@ class Chat:
             if messages and messages[-1]["role"] == "user":
                 messages.pop()  # no reply came of it
         self.save()
+        if self._source.interactive:
+            note("")
 
     def _reply(self, params: SamplingParams) -> tuple[Result | None, dict[str, Any]]:
         """One reply, shown; the result is None when a second Ctrl-C broke it off."""

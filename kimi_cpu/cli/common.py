@@ -30,6 +30,8 @@ Tools = list[dict[str, Any]]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 GENERATION_CONFIG = "generation_config.json"
+#: What a newcomer may ask the embedded model.
+NANO_EXAMPLES = ("What is 17 + 25?", "What is the capital of France?", "What is 318 * 27?")
 
 _OPTIONS = (
     click.option(
@@ -76,8 +78,13 @@ class Loaded:
     template: ChatTemplate
 
     @property
+    def embedded(self) -> bool:
+        """Whether this is the nano model that comes along."""
+        return self.folder in embedded_folders()
+
+    @property
     def name(self) -> str:
-        return self.folder.name if self.folder.name != "_nano" else "nano"
+        return "nano" if self.embedded else self.folder.resolve().name
 
     def prompt(
         self, messages: Messages, tools: Tools, *, thinking: bool | None = None, reply: bool = True
@@ -96,11 +103,15 @@ class Loaded:
         return encode_segments(self.tokenizer, segments), checked.next_call_index
 
 
-def embedded_model() -> Path:
-    """The nano model: inside the installed package, or `weights/nano` of a clone."""
+def embedded_folders() -> tuple[Path, Path]:
+    """Where the nano model may lie: inside the installed package, or in a clone."""
     package = Path(__file__).resolve().parent.parent
-    folders = (package / "_nano", package.parent / "weights" / "nano")
-    for folder in folders:
+    return package / "_nano", package.parent / "weights" / "nano"
+
+
+def embedded_model() -> Path:
+    """The nano model's folder."""
+    for folder in embedded_folders():
         if (folder / "config.json").is_file():
             return folder
     raise CheckpointError(
@@ -282,7 +293,10 @@ def footer(result: Result) -> str:
     parts = [f"{count} token{'' if count == 1 else 's'}"]
     if timings.decode_tps:
         parts.append(f"{timings.decode_tps:.1f} tok/s")
-    parts.append(f"first token {timings.first_token_s:.1f} s")
+    first_s = timings.first_token_s
+    parts.append(
+        f"first token {first_s:.1f} s" if first_s >= 0.1 else f"first token {first_s:.2f} s"
+    )
     if result.finish_reason == "length":
         parts.append("cut off: token limit or context reached")
     elif result.finish_reason == "cancelled":

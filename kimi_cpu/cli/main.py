@@ -80,6 +80,8 @@ def main(args: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows `?`
             stream.reconfigure(errors="replace")
+    if os.name == "nt":
+        os.system("")  # switches escape sequences on in old consoles
     try:
         code = cli.main(args=args, prog_name="kimi-cpu", standalone_mode=False)
         sys.stdout.flush()

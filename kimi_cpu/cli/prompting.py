@@ -31,6 +31,8 @@ class LineSource:
 
     def __init__(self) -> None:
         self.interactive = is_terminal(sys.stdin)
+        if hasattr(sys.stdin, "reconfigure"):  # bytes that are not text must not end the chat
+            sys.stdin.reconfigure(errors="replace")
 
     def read(self) -> str:
         while True:
