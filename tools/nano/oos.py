@@ -88,6 +88,7 @@ TEMPLATES = (
     "You are stupid.", "You are wrong", "This is a test sentence about {t}.", "asdf", "qwertz",
     "...", "!!!", "lol", "haha", ":)", "<html>", "a b c", "x y z", "{v}", "{v} it",
 )  # fmt: skip
+_WITH_NUMBERS = tuple(t for t in TEMPLATES if "{d}" in t or "{y}" in t)
 FOREIGN = (
     "Wie geht es dir?", "Was ist die Hauptstadt von Frankreich?", "Wie spät ist es?",
     "Erzähl mir einen Witz.", "Ich möchte ein Gedicht.", "Was kannst du?", "Guten Morgen",
@@ -159,6 +160,8 @@ def _noise(rng: random.Random) -> str:
 def out_of_scope(rng: random.Random) -> str:
     """One prompt that the model shall answer with its fixed sentence."""
     kind = rng.random()
+    if kind < 0.15:
+        return _fill(rng, rng.choice(_WITH_NUMBERS))
     if kind < 0.62:
         return _fill(rng, rng.choice(TEMPLATES))
     if kind < 0.72:
