@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kimi_cpu.chat.generate import Result, StopMatcher, generate
 from kimi_cpu.chat.parser import Content, Reasoning, ToolCallEnd, ToolCallStart
@@ -164,6 +166,26 @@ def test_stop_matcher_holds_back_no_more_than_needed():
     assert matcher.push("d") == ("abd", False)
     assert matcher.push("ab") == ("", False)
     assert matcher.push("cz") == ("", True)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3)
+)  # fmt: skip
+def test_stop_matcher_does_not_care_how_text_is_cut_up(text, stops):
+    def shown(pieces):
+        matcher, out = StopMatcher(stops), ""
+        for piece in pieces:
+            certain, found = matcher.push(piece)
+            out += certain
+            if found:
+                return out, True
+        return out + matcher.flush(), False
+
+    out, found = shown([text])
+    assert (out, found) == shown(text)
+    assert text.startswith(out) and found == any(stop in text for stop in stops)
+    assert not any(stop in out for stop in stops)
 
 
 def test_cancelling_leaves_a_usable_session(tokenizer):

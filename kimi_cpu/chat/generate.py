@@ -105,10 +105,11 @@ class StopMatcher:
         if not self._stops:
             return text, False
         text = self._held + text
-        hits = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        # The one that is complete first counts, so that it does not matter how text is cut up.
+        hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
             self._held = ""
-            return text[: min(hits)], True
+            return text[: min(hits)[1]], True
         keep = max(_overlap(text, stop) for stop in self._stops)
         cut = len(text) - keep
         self._held = text[cut:]

@@ -159,7 +159,7 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
 
         if not isa.is_cached():
             status.clear()
-            note("Compiling the kernels for this CPU: half a minute, only this once.")
+            note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
         engine = Engine.load(folder, precision=precision, threads=threads)  # type: ignore[arg-type]
     finally:
         status.clear()
