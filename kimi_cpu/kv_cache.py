@@ -7,6 +7,7 @@ stored after its norm and `k_pe` after its rotation, so a cached row is never to
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -49,8 +50,8 @@ class LatentCache:
             config.kv_lora_rank,
             config.qk_rope_head_dim,
         )
-        self._c_kv: U16 | F32 = np.zeros((layers, 0, rank), dtype=dtype)
-        self._k_pe: U16 | F32 = np.zeros((layers, 0, rope), dtype=dtype)
+        self._c_kv = cast("U16 | F32", np.empty((layers, 0, rank), dtype=dtype))
+        self._k_pe = cast("U16 | F32", np.empty((layers, 0, rope), dtype=dtype))
 
     @property
     def nbytes(self) -> int:

@@ -28,7 +28,7 @@ from types import ModuleType
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.config import LATENT_NORM_EPS, ModelConfig
+from kimi_cpu.config import LATENT_NORM_EPS
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.kernels.common import ExpertTable, Precision
 from kimi_cpu.kv_cache import LatentCache
@@ -101,7 +101,9 @@ class Model:
         self._find_non_finite = checkpoint.find_non_finite
         self._inv_freq = self.config.inv_freq()  # float64 [P / 2]
         self.embed_tokens = checkpoint.tensor("model.embed_tokens.weight")  # [vocab, D]
-        self.layers = [self._load_layer(checkpoint, i) for i in range(self.config.num_hidden_layers)]
+        self.layers = [
+            self._load_layer(checkpoint, i) for i in range(self.config.num_hidden_layers)
+        ]
         self.norm = checkpoint.tensor("model.norm.weight")  # [D]
         self.lm_head = checkpoint.linear("lm_head")  # [vocab, D]
 

@@ -8,6 +8,7 @@ dimension. Read as little-endian bytes, byte b of a row holds element 2b in its 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +60,9 @@ def f32_to_bf16(x: F32) -> U16:
 
 def as_f32(tensor: U16 | F32) -> F32:
     """A bf16 (uint16 bits) or float32 tensor as float32."""
-    return bf16_to_f32(tensor) if tensor.dtype == np.uint16 else tensor.astype(np.float32, copy=False)
+    if tensor.dtype == np.uint16:
+        return bf16_to_f32(cast(U16, tensor))
+    return tensor.astype(np.float32, copy=False)
 
 
 def quantize_int4(w: F32) -> Int4Weight:
@@ -70,7 +73,8 @@ def quantize_int4(w: F32) -> Int4Weight:
     divisor = bf16_to_f32(scale)[:, :, None]
     q = np.rint(np.divide(groups, divisor, out=np.zeros_like(groups), where=divisor > 0))
     nibbles = (np.clip(q, -8, 7) + 8).astype(np.uint8).reshape(out_features, in_features)
-    return Int4Weight(packed=nibbles[:, 0::2] | (nibbles[:, 1::2] << 4), scale=scale)
+    packed = nibbles[:, 0::2] | (nibbles[:, 1::2] << np.uint8(4))
+    return Int4Weight(packed=packed.astype(np.uint8, copy=False), scale=scale)
 
 
 def unpack_int4(packed: U8) -> npt.NDArray[np.int8]:

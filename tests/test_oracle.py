@@ -1,4 +1,4 @@
-"""The engine against transformers' DeepseekV3ForCausalLM: recorded outputs, and live (-m oracle)."""
+"""The engine against transformers' DeepseekV3ForCausalLM, recorded and live (-m oracle)."""
 
 from __future__ import annotations
 

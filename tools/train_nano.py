@@ -4,7 +4,6 @@ python tools/train_nano.py --state DIR --minutes 95          # resumes by itself
 python tools/train_nano.py --state DIR --export weights/nano
 """
 
-
 from __future__ import annotations
 
 import argparse

@@ -160,7 +160,10 @@ def export(model: Nano, codec: Codec, ranks: Path, folder: Path, quantized: bool
         size += sum(t.numel() * t.element_size() for t in shard.values())
     index_json = {"metadata": {"total_size": size}, "weight_map": dict(sorted(weight_map.items()))}
     config = config_dict(model.c, codec.n_ranks, quantized)
-    generation = {"eos_token_id": codec.n_ranks + 2, "max_length": MAX_POSITIONS}
+    # Greedy unless asked otherwise: so small a model has no margin for sampling.
+    generation = {
+        "do_sample": False, "eos_token_id": codec.n_ranks + 2, "max_length": MAX_POSITIONS,
+    }  # fmt: skip
     for name, value in (
         ("model.safetensors.index.json", index_json), ("config.json", config),
         ("generation_config.json", generation),
