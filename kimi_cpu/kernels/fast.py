@@ -112,7 +112,7 @@ def linear(x: F32, w: Weight, threads: int = 1) -> F32:
         weight_kind(w), address(x), d * 4, 0, _iota_address(n), n, address(out), rows * 4, 0,
         values, scales, 0, rows, d,
     )  # fmt: skip
-    run(matmul_range, args, rows, _ROW_GRAIN, threads, w.nbytes * (1 + n // 8))
+    run(matmul_range, args, (x, w, out), rows, _ROW_GRAIN, threads, w.nbytes * (1 + n // 8))
     return out
 
 
@@ -139,7 +139,7 @@ def linear_q8(xq: PackedQ8, w: Int4Weight, threads: int = 1) -> F32:
         KIND_Q8, address(xq.data), packed_bytes(d), 0, _iota_address(n), n, address(out),
         rows * 4, 0, values, scales, 0, rows, d,
     )  # fmt: skip
-    run(matmul_range, args, rows, _ROW_GRAIN, threads, w.nbytes * (1 + n // 8))
+    run(matmul_range, args, (xq, w, out), rows, _ROW_GRAIN, threads, w.nbytes * (1 + n // 8))
     return out
 
 
@@ -210,9 +210,13 @@ def _moe_part(
     up = np.empty((n_pairs, width), dtype=np.float32)
     slots = np.empty((n_pairs, d), dtype=np.float32)
     xq_address = hq_address = 0
+    keep: tuple[object, ...] = (
+        x, experts, segments, pair_token, pair_place, weights, out, gate, up, slots
+    )  # fmt: skip
     if fast and any(experts.kinds[e] == KIND_INT4 for e in chosen):
         xq, hq = quantize_activations(x), _packed_buffer(n_pairs, width)
         xq_address, hq_address = address(xq.data), address(hq)
+        keep += (xq, hq)
     shared = (
         address(experts.addresses), address(experts.kinds), int(fast), address(segments),
         len(segments),
@@ -221,12 +225,12 @@ def _moe_part(
         *shared, address(pair_token), address(x), xq_address, d, address(gate), address(up),
         hq_address, width,
     )  # fmt: skip
-    run(gate_up_range, up_args, width, GROUP_SIZE, threads, 2 * cost)
+    run(gate_up_range, up_args, keep, width, GROUP_SIZE, threads, 2 * cost)
     down_args = (
         *shared, iota, address(gate), hq_address, width, address(slots), address(pair_place),
         address(weights), n_tokens, top_k, address(out), d,
     )  # fmt: skip
-    run(down_range, down_args, d, _ROW_GRAIN, threads, cost)
+    run(down_range, down_args, keep, d, _ROW_GRAIN, threads, cost)
 
 
 def _moe_mixed(
@@ -313,7 +317,7 @@ def absorb_q(q_nope: F32, w_kv_b: Weight, threads: int = 1) -> F32:
         address(q_nope), weight_addresses(w)[0], int(w.dtype == np.uint16), address(_ONES),
         address(out), n, n_heads, n_dim, rank, rows // n_heads,
     )  # fmt: skip
-    run(absorb_q_range, args, n_heads, 1, threads, w.nbytes * (1 + n // 8) // 2)
+    run(absorb_q_range, args, (q_nope, w, out), n_heads, 1, threads, w.nbytes * (1 + n // 8) // 2)
     return out
 
 
@@ -335,7 +339,8 @@ def absorb_v(o_lat: F32, w_kv_b: Weight, v_head_dim: int, threads: int = 1) -> F
         weight_addresses(w)[0] + (head_rows - v_head_dim) * row_bytes, 0, head_rows * row_bytes,
         v_head_dim, rank,
     )  # fmt: skip
-    run(matmul_range, args, n_heads * v_head_dim, _ROW_GRAIN, threads, w.nbytes * (1 + n // 8) // 2)
+    cost = w.nbytes * (1 + n // 8) // 2
+    run(matmul_range, args, (o_lat, w, out), n_heads * v_head_dim, _ROW_GRAIN, threads, cost)
     return out
 
 
@@ -364,7 +369,8 @@ def mla_decode(
         float(scale),
     )  # fmt: skip
     tiles = -(-n_heads // TILE_TOKENS)
-    run(attend_range, args, n * tiles, 1, threads, n * n_heads * (start + n) * rank // 4)
+    keep = (q_lat, q_pe, c_kv, k_pe, out)
+    run(attend_range, args, keep, n * tiles, 1, threads, n * n_heads * (start + n) * rank // 4)
     return out
 
 
@@ -392,5 +398,6 @@ def mla_prefill(
         n_dim, p_dim, v_dim, start, float(scale),
     )  # fmt: skip
     items = n_heads * -(-n // QUERY_BLOCK)
-    run(attend_range, args, items, 1, threads, n * n_heads * (start + n) * n_dim // 4)
+    keep = (q_nope, q_pe, kv, k_pe, out)
+    run(attend_range, args, keep, items, 1, threads, n * n_heads * (start + n) * n_dim // 4)
     return out

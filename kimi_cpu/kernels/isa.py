@@ -11,10 +11,14 @@ tested on an AVX-512 machine:
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import platform
+import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +30,8 @@ from numba.core import config
 from numba.core.registry import cpu_target
 
 from kimi_cpu.errors import UsageError
+
+_KEEP_SECONDS = 30 * 24 * 3600
 
 VARIANTS = ("avx512vnni", "avx2", "portable")
 _NEEDS = {
@@ -56,7 +62,7 @@ def _choose_variant() -> tuple[str, str, str]:
         raise UsageError(
             f"KIMI_CPU_ISA={forced!r} is not a kernel variant", f"use one of {', '.join(VARIANTS)}"
         )
-    is_x86 = numba_config.MACHINE_BITS == 64 and _machine() in ("x86_64", "amd64")
+    is_x86 = numba_config.MACHINE_BITS == 64 and platform.machine().lower() in ("x86_64", "amd64")
     if forced in _FORCED_TARGET and is_x86 and numba_config.CPU_NAME is None:
         # Takes effect only if nobody compiled with numba before us in this process; else the
         # kernels still use the forced variant's own instructions, which is what matters.
@@ -70,12 +76,6 @@ def _choose_variant() -> tuple[str, str, str]:
             f"unset KIMI_CPU_ISA or use one of {', '.join(possible)}",
         )
     return forced or possible[0], cpu_name, features
-
-
-def _machine() -> str:
-    import platform
-
-    return platform.machine().lower()
 
 
 VARIANT, CPU_NAME, _CPU_FEATURES = _choose_variant()
@@ -101,6 +101,15 @@ def _writable(folder: Path) -> bool:
         return False
 
 
+def _forget_old(folder: Path) -> None:
+    """Mark `folder` as in use and remove its siblings that nobody used for a month."""
+    with contextlib.suppress(OSError):
+        os.utime(folder)
+        for other in folder.parent.iterdir():
+            if time.time() - other.stat().st_mtime > _KEEP_SECONDS:
+                shutil.rmtree(other, ignore_errors=True)
+
+
 def _cache_folder() -> Path:
     """The folder of this exact compiler, CPU and kernel source; created, writable."""
     digest = hashlib.sha256()
@@ -123,6 +132,7 @@ def _cache_folder() -> Path:
         except RuntimeError:  # no home directory
             continue
         if _writable(folder):
+            _forget_old(folder)
             return folder
     return Path(tempfile.mkdtemp(prefix="kimi-cpu-"))
 

@@ -50,20 +50,29 @@ class _Pool:
 
 def _work(jobs: queue.SimpleQueue[_Job]) -> None:
     while True:
-        jobs.get()()
+        job = jobs.get()
+        job()
+        del job  # and with it the arrays it keeps alive
 
 
 _POOL = _Pool()
 
 
 def run(
-    kernel: Callable[..., Any], args: tuple[Any, ...], total: int, grain: int, threads: int,
+    kernel: Callable[..., Any],
+    args: tuple[Any, ...],
+    keep: tuple[Any, ...],
+    total: int,
+    grain: int,
+    threads: int,
     cost: int,
-) -> None:  # fmt: skip
+) -> None:
     """kernel(*args, start, stop) over ranges that cover 0 .. total.
 
     Ranges start at multiples of grain. cost is about the bytes read: small work runs at once in
-    the calling thread. An exception in any range is raised here, after all have ended.
+    the calling thread. keep holds the arrays whose addresses are in args: a worker may still be
+    writing when Ctrl-C makes this function return early, so each holds them until it is done.
+    An exception in any range is raised here, after all have ended.
     """
     grains = -(-total // grain)
     if threads <= 1 or cost < MIN_PARALLEL_COST or grains < 2:
@@ -73,7 +82,7 @@ def run(
     claims = itertools.count()  # next() is atomic
     done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def share() -> None:
+    def share(_keep: tuple[Any, ...] = keep) -> None:
         while (chunk := next(claims)) < chunks:
             start, stop = chunk * grains // chunks, (chunk + 1) * grains // chunks
             try:

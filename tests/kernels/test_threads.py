@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +31,13 @@ def test_ranges_cover_everything_once(total, grain, threads):
         assert offset == 3 and start % grain == 0
         seen[start:stop] += 1
 
-    pool.run(kernel, (3,), total, grain, threads, cost=1 << 40)
+    pool.run(kernel, (3,), (), total, grain, threads, cost=1 << 40)
     assert (seen == 1).all()
 
 
 def test_small_work_runs_in_the_calling_thread():
     where = []
-    pool.run(lambda *_: where.append(threading.get_ident()), (), 100, 1, 8, cost=10)
+    pool.run(lambda *_: where.append(threading.get_ident()), (), (), 100, 1, 8, cost=10)
     assert where == [threading.get_ident()]
 
 
@@ -43,8 +47,49 @@ def test_an_error_in_a_worker_is_raised_and_the_pool_survives():
 
     for _ in range(3):
         with pytest.raises(RuntimeError, match="rows"):
-            pool.run(fail, (), 8, 1, 4, cost=1 << 40)
+            pool.run(fail, (), (), 8, 1, 4, cost=1 << 40)
     test_ranges_cover_everything_once(50, 1, 4)
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
+def test_arrays_outlive_an_interrupted_call():
+    """Ctrl-C may leave a worker writing: it must not write into freed memory."""
+
+    class Array:
+        pass
+
+    main, started, release = threading.get_ident(), threading.Event(), threading.Event()
+
+    def kernel(start, stop):  # two ranges, one for this thread and one for a worker
+        if threading.get_ident() == main:
+            assert started.wait(10)
+        else:
+            started.set()
+            assert release.wait(10)
+
+    array = Array()
+    alive = weakref.ref(array)
+
+    def press_ctrl_c():
+        started.wait(10)
+        time.sleep(0.2)  # by now the main thread waits for the worker
+        signal.pthread_kill(main, signal.SIGINT)
+
+    presser = threading.Thread(target=press_ctrl_c)
+    presser.start()
+    with pytest.raises(KeyboardInterrupt):
+        pool.run(kernel, (), (array,), 2, 1, 2, cost=1 << 40)
+    presser.join()
+    del array
+    gc.collect()
+    assert alive() is not None
+    release.set()
+    for _ in range(100):
+        gc.collect()
+        if alive() is None:
+            break
+        time.sleep(0.02)
+    assert alive() is None
 
 
 def test_sessions_may_compute_at_the_same_time(inputs, monkeypatch):
