@@ -80,7 +80,7 @@ class Bench:
             for k in range(3 * N_EXPERTS)
             for shape in [((i, d // 2), (d, i // 2))]
         ]
-        self.table = ExpertTable(lambda e: tuple(self.int4[3 * e : 3 * e + 3]), N_EXPERTS)  # type: ignore[arg-type,return-value]
+        self.table = ExpertTable(lambda e: tuple(self.int4[3 * e : 3 * e + 3]), N_EXPERTS, WIDTH)  # type: ignore[arg-type,return-value]
         as_bf16 = self.packed.view(np.uint16)
         as_bf16 &= 0xBFFF  # no infinities
         n = len(as_bf16) // (d * i)

@@ -13,7 +13,7 @@ import numpy as np
 
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import ContextError
-from kimi_cpu.quant import F32, U16, f32_to_bf16
+from kimi_cpu.quant import F32, U16
 
 _FIRST_CAPACITY = 256
 
@@ -44,6 +44,7 @@ class LatentCache:
 
     def __init__(self, config: ModelConfig, dtype: type[np.float32] | type[np.uint16]) -> None:
         self.length = 0
+        self.generation = 0  # counts how often the memory moved
         self._max_length = config.max_position_embeddings
         layers, rank, rope = (
             config.num_hidden_layers,
@@ -74,6 +75,7 @@ class LatentCache:
         if needed <= capacity:
             return
         capacity = min(max(2 * capacity, needed, _FIRST_CAPACITY), self._max_length)
+        self.generation += 1
         try:
             self._c_kv = self._grown(self._c_kv, capacity)
             self._k_pe = self._grown(self._k_pe, capacity)
@@ -88,26 +90,13 @@ class LatentCache:
         new[:, : self.length] = old[:, : self.length]
         return new
 
-    def write(self, layer: int, c_kv: F32, k_pe: F32) -> tuple[U16 | F32, U16 | F32]:
-        """Store a layer's rows for the tokens now computed.
+    def rows(self, layer: int) -> tuple[U16 | F32, U16 | F32]:
+        """A layer's memory: c_kv [capacity, R] and k_pe [capacity, P], in the cache's dtype.
 
-        Args:
-            layer: layer index.
-            c_kv: float32 [T, R], normalised latents.
-            k_pe: float32 [T, P], rotated shared keys.
-
-        Returns:
-            Views of all rows of this layer including the new ones: [length + T, R] and
-            [length + T, P], in the cache's dtype.
+        Rows from `length` on are where a pass stores its tokens; `reserve` may move the memory,
+        which `generation` then tells.
         """
-        end = self.length + c_kv.shape[0]
-        if self._c_kv.dtype == np.uint16:
-            self._c_kv[layer, self.length : end] = f32_to_bf16(c_kv)
-            self._k_pe[layer, self.length : end] = f32_to_bf16(k_pe)
-        else:
-            self._c_kv[layer, self.length : end] = c_kv
-            self._k_pe[layer, self.length : end] = k_pe
-        return self._c_kv[layer, :end], self._k_pe[layer, :end]
+        return self._c_kv[layer], self._k_pe[layer]
 
     def advance(self, tokens: int) -> None:
         """The rows of `tokens` more tokens are now complete in every layer."""

@@ -24,16 +24,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import ModuleType
+from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import numpy.typing as npt
 
 from kimi_cpu.config import LATENT_NORM_EPS
 from kimi_cpu.errors import CheckpointError
-from kimi_cpu.kernels.common import ExpertTable, Precision
+from kimi_cpu.kernels.common import CannotReplay, ExpertTable, Position, Precision
 from kimi_cpu.kv_cache import LatentCache
 from kimi_cpu.quant import F32, U16, Weight, as_f32
 from kimi_cpu.store.checkpoint import Checkpoint
+
+if TYPE_CHECKING:  # importing it imports numba
+    from kimi_cpu.kernels.threads import Tape
 
 Ids = npt.NDArray[np.int64]
 Norm = U16 | F32
@@ -80,6 +85,31 @@ class Layer:
     mlp: MLPWeights | MoEWeights
 
 
+@dataclass(frozen=True)
+class Inputs:
+    """What a pass starts from."""
+
+    x: F32  # embeddings, [T, D]
+    cos: F32  # [T, P / 2]
+    sin: F32  # [T, P / 2]
+    position: Position  # int64 [], of the first token
+
+    def take(self, other: Inputs) -> None:
+        """Take over the other's values, in place."""
+        for name in ("x", "cos", "sin", "position"):
+            np.copyto(getattr(self, name), getattr(other, name))
+
+
+@dataclass(frozen=True)
+class RecordedPass:
+    """The pass of one token over one cache: fill `inputs`, play `tape`, read `logits`."""
+
+    inputs: Inputs
+    tape: Tape
+    logits: F32  # [1, vocab]
+    generation: int  # of the cache's memory
+
+
 class Model:
     """The network of one checkpoint: token ids and a latent cache in, logits out.
 
@@ -99,6 +129,8 @@ class Model:
         self.precision: Precision = precision
         self.threads = threads
         self._find_non_finite = checkpoint.find_non_finite
+        self._replays = kernels.recording is not None
+        self._passes: WeakKeyDictionary[LatentCache, RecordedPass] = WeakKeyDictionary()
         self._inv_freq = self.config.inv_freq()  # float64 [P / 2]
         self.embed_tokens = checkpoint.tensor("model.embed_tokens.weight")  # [vocab, D]
         self.layers = [
@@ -127,18 +159,11 @@ class Model:
             CheckpointError: a weight is damaged (not finite). In both cases the cache is unchanged.
         """
         cache.reserve(len(ids))
-        cos, sin = self._rope_tables(cache.length, len(ids))
-        x = as_f32(self.embed_tokens[ids])  # [T, D]
-        for i, layer in enumerate(self.layers):
-            x = x + self._attention(i, self._rmsnorm(x, layer.input_layernorm), cache, cos, sin)
-            h = self._rmsnorm(x, layer.post_attention_layernorm)
-            if isinstance(layer.mlp, MoEWeights):
-                x = x + self._moe(layer.mlp, h)
-            else:
-                x = x + self._mlp(layer.mlp, h)
-        if not all_logits:
-            x = x[-1:]
-        logits = self._linear(self._rmsnorm(x, self.norm), self.lm_head)
+        inputs = self._inputs(ids, cache.length)
+        if len(ids) == 1 and self._replays:
+            logits = self._replay(inputs, cache)
+        else:
+            logits = self._compute(inputs, cache, all_logits)
         if not np.isfinite(logits).all():
             raise self._find_non_finite() or CheckpointError(
                 "the model computed logits that are not finite, though its trunk is",
@@ -147,11 +172,48 @@ class Model:
         cache.advance(len(ids))
         return logits
 
-    def _attention(self, layer: int, x: F32, cache: LatentCache, cos: F32, sin: F32) -> F32:
+    def _compute(self, inputs: Inputs, cache: LatentCache, all_logits: bool) -> F32:
+        """The network from embeddings to logits.
+
+        Only kernels touch numbers here, so that the pass of one token can be recorded once and
+        played again with other inputs (see `_replay`).
+        """
+        k, x = self.kernels, inputs.x  # [T, D]
+        for i, layer in enumerate(self.layers):
+            h = self._rmsnorm(x, layer.input_layernorm)
+            x = k.add(x, self._attention(i, h, inputs, cache))
+            h = self._rmsnorm(x, layer.post_attention_layernorm)
+            is_moe = isinstance(layer.mlp, MoEWeights)
+            x = k.add(x, self._moe(layer.mlp, h) if is_moe else self._mlp(layer.mlp, h))
+        if not all_logits:
+            x = x[-1:]
+        return self._linear(self._rmsnorm(x, self.norm), self.lm_head)
+
+    def _replay(self, inputs: Inputs, cache: LatentCache) -> F32:
+        """`_compute` of one token by a tape of kernel calls, recorded once a cache.
+
+        Python then costs a few microseconds a token instead of a few a kernel.
+        """
+        recorded = self._passes.get(cache)
+        if recorded is None or recorded.generation != cache.generation:
+            with self.kernels.recording() as tape:
+                logits = self._compute(inputs, cache, all_logits=False)
+            recorded = RecordedPass(inputs, tape, logits, cache.generation)
+            self._passes[cache] = recorded
+        else:
+            recorded.inputs.take(inputs)
+        try:
+            recorded.tape.play(self.threads)
+        except CannotReplay:
+            self._replays = False
+            return self._compute(inputs, cache, all_logits=False)
+        return recorded.logits.copy()
+
+    def _attention(self, layer: int, x: F32, inputs: Inputs, cache: LatentCache) -> F32:
         """MLA over the cached latents and these tokens; [T, D] -> [T, D]."""
         w, c, k = self.layers[layer].self_attn, self.config, self.kernels
-        start, tokens = cache.length, x.shape[0]
-        heads, n_dim, rank = c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank
+        cos, sin, start, tokens = inputs.cos, inputs.sin, inputs.position, x.shape[0]
+        heads, n_dim = c.num_attention_heads, c.qk_nope_head_dim
 
         if w.q_proj is not None:
             q = self._linear(x, w.q_proj)
@@ -160,23 +222,27 @@ class Model:
             q = self._linear(x, w.q_a_proj)  # [T, Q]
             q = self._linear(k.rmsnorm(q, w.q_a_layernorm, LATENT_NORM_EPS), w.q_b_proj)
         q = q.reshape(tokens, heads, c.qk_head_dim)  # [T, H (N + P)] -> [T, H, N + P]
-        q_nope = np.ascontiguousarray(q[:, :, :n_dim])  # [T, H, N]
-        q_pe = k.rope(np.ascontiguousarray(q[:, :, n_dim:]), cos, sin)  # [T, H, P]
+        q_nope, q_pe = k.split(q, n_dim)  # [T, H, N], [T, H, P]
+        q_pe = k.rope(q_pe, cos, sin)
 
-        kv_a = self._linear(x, w.kv_a_proj_with_mqa)  # [T, R + P]
-        c_kv = k.rmsnorm(np.ascontiguousarray(kv_a[:, :rank]), w.kv_a_layernorm, LATENT_NORM_EPS)
-        k_pe = np.ascontiguousarray(kv_a[:, None, rank:])  # [T, 1, P]: one key for all heads
-        k_pe = k.rope(k_pe, cos, sin)[:, 0]
-        all_c_kv, all_k_pe = cache.write(layer, c_kv, k_pe)  # [S, R], [S, P]
+        kv_a = self._linear(x, w.kv_a_proj_with_mqa)
+        c_kv, k_pe = k.split(kv_a, c.kv_lora_rank)  # [T, R], [T, P]: one key for all heads
+        c_kv = k.rmsnorm(c_kv, w.kv_a_layernorm, LATENT_NORM_EPS)
+        k_pe = k.rope(k_pe[:, None], cos, sin)[:, 0]
+        all_c_kv, all_k_pe = cache.rows(layer)  # [capacity, R], [capacity, P]
+        k.store_rows_at(c_kv, all_c_kv, start)
+        k.store_rows_at(k_pe, all_k_pe, start)
 
+        scale = c.softmax_scale
         if self._expanding_pays(tokens):
-            kv = self._linear(as_f32(all_c_kv), w.kv_b_proj)
-            kv = kv.reshape(-1, heads, n_dim + c.v_head_dim)  # [S, H (N + V)] -> [S, H, N + V]
-            o = k.mla_prefill(q_nope, q_pe, kv, all_k_pe, start, c.softmax_scale, self.threads)
+            end = cache.length + tokens
+            kv = self._linear(as_f32(all_c_kv[:end]), w.kv_b_proj)
+            kv = kv.reshape(end, heads, n_dim + c.v_head_dim)  # [S, H (N + V)] -> [S, H, N + V]
+            o = k.mla_prefill(q_nope, q_pe, kv, all_k_pe[:end], start, scale, self.threads)
         else:
             q_latent = k.absorb_q(q_nope, w.kv_b_proj, self.threads)  # [T, H, R]
             o_latent = k.mla_decode(
-                q_latent, q_pe, all_c_kv, all_k_pe, start, c.softmax_scale, self.threads
+                q_latent, q_pe, all_c_kv, all_k_pe, start, scale, self.threads
             )  # [T, H, R]
             o = k.absorb_v(o_latent, w.kv_b_proj, c.v_head_dim, self.threads)  # [T, H, V]
         return self._linear(o.reshape(tokens, heads * c.v_head_dim), w.o_proj)
@@ -205,7 +271,10 @@ class Model:
             c.routed_scaling_factor,
         )  # [T, K], [T, K]
         routed: F32 = self.kernels.moe(x, w.experts, ids, weights, self.precision, self.threads)
-        return routed if w.shared_experts is None else routed + self._mlp(w.shared_experts, x)
+        if w.shared_experts is None:
+            return routed
+        y: F32 = self.kernels.add(routed, self._mlp(w.shared_experts, x))
+        return y
 
     def _mlp(self, w: MLPWeights, x: F32) -> F32:
         """SwiGLU: down(silu(gate x) * up x); [T, D] -> [T, D]."""
@@ -220,14 +289,16 @@ class Model:
         y: F32 = self.kernels.rmsnorm(x, w, self.config.rms_norm_eps)
         return y
 
-    def _rope_tables(self, start: int, tokens: int) -> tuple[F32, F32]:
-        """cos and sin of positions start .. start + T - 1, float32 [T, P / 2] each."""
-        positions = np.arange(start, start + tokens, dtype=np.float64)
+    def _inputs(self, ids: Ids, start: int) -> Inputs:
+        """Embeddings and rotary tables of the tokens `ids` at positions start, start + 1, ..."""
+        positions = np.arange(start, start + len(ids), dtype=np.float64)
         angles = np.outer(positions, self._inv_freq)
         scale = self.config.rope_attention_scale
-        return (
-            (np.cos(angles) * scale).astype(np.float32),
-            (np.sin(angles) * scale).astype(np.float32),
+        return Inputs(
+            x=np.array(as_f32(self.embed_tokens[ids])),
+            cos=(np.cos(angles) * scale).astype(np.float32),
+            sin=(np.sin(angles) * scale).astype(np.float32),
+            position=np.array(start, dtype=np.int64),
         )
 
     def _load_layer(self, checkpoint: Checkpoint, i: int) -> Layer:
@@ -253,7 +324,9 @@ class Model:
                 e_score_correction_bias=as_f32(
                     checkpoint.tensor(prefix + "mlp.gate.e_score_correction_bias")
                 ),
-                experts=ExpertTable(lambda e: checkpoint.expert(i, e), c.n_routed_experts),
+                experts=ExpertTable(
+                    lambda e: checkpoint.expert(i, e), c.n_routed_experts, c.moe_intermediate_size
+                ),
                 shared_experts=(
                     _load_mlp(checkpoint, prefix + "mlp.shared_experts.")
                     if c.n_shared_experts

@@ -22,6 +22,15 @@ Precision = Literal["exact", "fast"]
 Expert = tuple[Weight, Weight, Weight]
 
 
+#: int64 [], the timeline's length before the tokens at hand. An array, so that recorded
+#: operations find the new value in the same place.
+Position = npt.NDArray[np.int64]
+
+
+class CannotReplay(Exception):
+    """A recorded pass met something that only the plain way can compute."""
+
+
 @dataclass(frozen=True)
 class Q8:
     """Activations quantised to int8 in groups of 32 along the last axis.
@@ -79,11 +88,16 @@ class ExpertTable:
     Python references that keep the memory behind them alive.
     """
 
-    def __init__(self, load: Callable[[int], Expert], n_experts: int) -> None:
-        """`load(e)` returns the validated gate, up and down weights of expert e."""
+    def __init__(self, load: Callable[[int], Expert], n_experts: int, width: int) -> None:
+        """`load(e)` returns the validated gate, up and down weights of expert e.
+
+        width: rows of every gate and up projection (moe_intermediate_size).
+        """
         self._load = load
+        self.width = width
         self._experts: list[Expert | None] = [None] * n_experts
-        #: int64 [E, 6]: value and scale addresses of gate, up and down; 0 before the first use.
+        #: int64 [E, 6]: value and scale addresses of gate, up and down; 0 before the first use,
+        #: and for an expert whose projections are stored in different ways.
         self.addresses: I64 = np.zeros((n_experts, 6), dtype=np.int64)
         #: KIND_* shared by the expert's three projections, -1 if they differ, -2 if not loaded.
         self.kinds: I32 = np.full(n_experts, -2, dtype=np.int32)
@@ -99,9 +113,14 @@ class ExpertTable:
         gate, up, down = self._load(e)
         if gate.shape != up.shape or gate.shape != down.shape[::-1]:
             raise ValueError(f"expert {e}: shapes {gate.shape}, {up.shape}, {down.shape}")
+        if gate.shape[0] != self.width:
+            raise ValueError(f"expert {e} has {gate.shape[0]} rows instead of {self.width}")
         row = [*weight_addresses(gate), *weight_addresses(up), *weight_addresses(down)]
-        self.addresses[e] = row
         kinds = {weight_kind(gate), weight_kind(up), weight_kind(down)}
-        self.kinds[e] = kinds.pop() if len(kinds) == 1 else -1
+        if len(kinds) == 1:
+            self.kinds[e] = kinds.pop()
+            self.addresses[e] = row
+        else:  # compiled code cannot compute it as one
+            self.kinds[e] = -1
         self._experts[e] = (gate, up, down)
         return gate, up, down

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.kernels import isa
+from kimi_cpu.kernels import isa, ops  # noqa: F401 - ops registers the operations
 from kimi_cpu.kernels.attention import QUERY_BLOCK, absorb_q_range, attend_range
 from kimi_cpu.kernels.common import (
     I32,
@@ -23,7 +23,9 @@ from kimi_cpu.kernels.common import (
     KIND_BF16,
     KIND_INT4,
     Q8,
+    CannotReplay,
     ExpertTable,
+    Position,
     Precision,
     address,
     weight_addresses,
@@ -31,10 +33,12 @@ from kimi_cpu.kernels.common import (
 )
 from kimi_cpu.kernels.int4 import PACK_ELEMENTS, pack_rows, packed_bytes
 from kimi_cpu.kernels.matmul import KIND_Q8, TILE_TOKENS, matmul_range
-from kimi_cpu.kernels.moe import down_range, gate_up_range
+from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
 from kimi_cpu.kernels.router import route_rows
-from kimi_cpu.kernels.threads import run
+from kimi_cpu.kernels.rows import add_rows, split_rows, store_rows
+from kimi_cpu.kernels.threads import active_tape, empty, run
+from kimi_cpu.kernels.threads import recording as recording  # part of what the model needs
 from kimi_cpu.quant import F32, GROUP_SIZE, U16, Int4Weight, Weight, as_f32, dequantize
 
 VARIANT = isa.VARIANT
@@ -107,7 +111,7 @@ def linear(x: F32, w: Weight, threads: int = 1) -> F32:
     _check(x, None, d)
     n = len(x)
     values, scales = weight_addresses(w)
-    out = np.empty((n, rows), dtype=np.float32)
+    out = empty((n, rows))
     args = (
         weight_kind(w), address(x), d * 4, 0, _iota_address(n), n, address(out), rows * 4, 0,
         values, scales, 0, rows, d,
@@ -123,7 +127,7 @@ def quantize_activations(x: F32) -> PackedQ8:
     if d % GROUP_SIZE:
         raise ValueError(f"{d} activations are not whole groups of {GROUP_SIZE}")
     data = _packed_buffer(n, d)
-    pack_rows(address(x), d, address(data), 0, n, 0, d)
+    run(pack_rows, (address(x), d, address(data)), (x, data), n)
     return PackedQ8(data, (n, d))
 
 
@@ -134,7 +138,7 @@ def linear_q8(xq: PackedQ8, w: Int4Weight, threads: int = 1) -> F32:
     if xq.shape[1] != d:
         raise ValueError(f"activations of {xq.shape[1]} features for a weight of {d}")
     values, scales = weight_addresses(w)
-    out = np.empty((n, rows), dtype=np.float32)
+    out = empty((n, rows))
     args = (
         KIND_Q8, address(xq.data), packed_bytes(d), 0, _iota_address(n), n, address(out),
         rows * 4, 0, values, scales, 0, rows, d,
@@ -147,8 +151,8 @@ def silu_mul(gate: F32, up: F32) -> F32:
     """As `reference.silu_mul`: gate, up [T, I] -> [T, I]."""
     _check(gate, None, None)
     _check(up, *gate.shape)
-    out = np.empty_like(gate)
-    silu_mul_rows(address(gate), address(up), address(out), gate.size)
+    out = empty(gate.shape)
+    run(silu_mul_rows, (address(gate), address(up), address(out)), (gate, up, out), gate.size)
     return out
 
 
@@ -160,7 +164,10 @@ def moe(
     _check(weights, len(x), None)
     if ids.shape != weights.shape:
         raise ValueError(f"ids {ids.shape} and weights {weights.shape} differ in shape")
-    out = np.empty_like(x)
+    out = empty(x.shape)
+    if len(x) == 1:
+        _moe_token(x, experts, ids, weights, precision, threads, out)
+        return out
     for t in range(0, len(x), MOE_TOKENS):
         part = slice(t, t + MOE_TOKENS)
         _moe_part(x[part], experts, ids[part], weights[part], precision, threads, out[part])
@@ -173,30 +180,20 @@ def _moe_part(
 ) -> None:  # fmt: skip
     (n_tokens, d), top_k = x.shape, ids.shape[1]
     n_pairs = n_tokens * top_k
-    iota = _iota_address(max(n_pairs, 2))
-    if n_tokens == 1:
-        chosen = ids[0].tolist()
-        segments = np.empty((top_k, 3), dtype=np.int64)
-        segments[:, 0] = ids[0]
-        segments[:, 1] = _iota[:top_k]
-        segments[:, 2] = _iota[1 : top_k + 1]
-        pair_token = np.zeros(top_k, dtype=np.int64)
-        pair_place = _iota
-    else:
-        flat = ids.ravel()
-        order = np.argsort(flat, kind="stable")
-        ordered = flat[order]
-        starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-        chosen = ordered[starts].tolist()
-        segments = np.stack([ordered[starts], starts, np.r_[starts[1:], n_pairs]], axis=1)
-        segments = np.ascontiguousarray(segments, dtype=np.int64)
-        pair_token = order // top_k
-        pair_place = np.empty(n_pairs, dtype=np.int64)
-        pair_place[order] = _iota[:n_pairs]
+    flat = ids.ravel()
+    order = np.argsort(flat, kind="stable")
+    ordered = flat[order]
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    chosen = ordered[starts].tolist()
+    segments = np.stack([ordered[starts], starts, np.r_[starts[1:], n_pairs]], axis=1)
+    segments = np.ascontiguousarray(segments, dtype=np.int64)
+    pair_token = order // top_k
+    pair_place = np.empty(n_pairs, dtype=np.int64)
+    pair_place[order] = np.arange(n_pairs)
     if min(chosen) < 0 or max(chosen) >= len(experts):
         raise ValueError(f"expert ids outside 0 .. {len(experts) - 1}")
     loaded = [experts[e] for e in chosen]  # the first use of an expert loads and validates it
-    width, cost = loaded[0][0].shape[0], 0
+    width, cost = experts.width, 0
     fast = precision == "fast"
     for gate_weight, _, _ in loaded:
         if gate_weight.shape != (width, d):
@@ -206,29 +203,87 @@ def _moe_part(
     if any(experts.kinds[e] < 0 for e in chosen):
         _moe_mixed(x, experts, segments, pair_token, pair_place, weights, precision, threads, out)
         return
-    gate = np.empty((n_pairs, width), dtype=np.float32)
-    up = np.empty((n_pairs, width), dtype=np.float32)
-    slots = np.empty((n_pairs, d), dtype=np.float32)
-    xq_address = hq_address = 0
-    keep: tuple[object, ...] = (
-        x, experts, segments, pair_token, pair_place, weights, out, gate, up, slots
-    )  # fmt: skip
+    xq = hq = None
     if fast and any(experts.kinds[e] == KIND_INT4 for e in chosen):
         xq, hq = quantize_activations(x), _packed_buffer(n_pairs, width)
-        xq_address, hq_address = address(xq.data), address(hq)
-        keep += (xq, hq)
+    _run_experts(
+        x, xq, hq, experts, (segments, pair_token, pair_place), weights, fast, width, threads,
+        cost, out,
+    )  # fmt: skip
+
+
+def _moe_token(
+    x: F32, experts: ExpertTable, ids: I32, weights: F32, precision: Precision, threads: int,
+    out: F32,
+) -> None:  # fmt: skip
+    """One token: every chosen expert has one pair, and nothing depends on which they are.
+
+    So this can be recorded: the experts' addresses are looked up when the tape is played.
+    """
+    top_k, d = ids.shape[1], x.shape[1]
+    segments = empty((top_k, 3), np.int64)
+    run(group_pairs, (address(ids), address(segments), top_k), (ids, segments), 1)
+
+    def load() -> None:
+        for e in segments[:, 0].tolist():
+            if not 0 <= e < len(experts):
+                raise ValueError(f"expert ids outside 0 .. {len(experts) - 1}")
+            if experts[e][0].shape[1] != d:
+                raise ValueError(f"expert {e} has shape {experts[e][0].shape} for {d} inputs")
+
+    tape = active_tape()
+    if tape is None:
+        load()
+        if any(experts.kinds[e] < 0 for e in segments[:, 0].tolist()):
+            places = (np.zeros(top_k, np.int64), np.arange(top_k))
+            _moe_mixed(x, experts, segments, *places, weights, precision, threads, out)
+            return
+    else:
+
+        def load_for_tape() -> None:
+            load()
+            if any(experts.kinds[e] < 0 for e in segments[:, 0].tolist()):
+                raise CannotReplay("experts whose projections are stored in different ways")
+
+        tape.need_experts(segments, experts.addresses, load_for_tape)
+    width = experts.width
+    xq = hq = None
+    if precision == "fast" and d % GROUP_SIZE == width % GROUP_SIZE == 0:
+        # float32 or bf16 experts do not read it; the cost is a few microseconds.
+        xq, hq = quantize_activations(x), _packed_buffer(top_k, width)
+    pairs = (segments, np.zeros(top_k, np.int64), np.arange(top_k))
+    _run_experts(
+        x, xq, hq, experts, pairs, weights, precision == "fast", width, threads,
+        top_k * width * d // 2, out,
+    )  # fmt: skip
+
+
+def _run_experts(
+    x: F32, xq: PackedQ8 | None, hq: npt.NDArray[np.uint8] | None, experts: ExpertTable,
+    pairs: tuple[I64, I64, I64], weights: F32, fast: bool, width: int, threads: int, cost: int,
+    out: F32,
+) -> None:  # fmt: skip
+    """Both phases over sorted pairs: (segments [n, 3], pair_token [P], pair_place [T K])."""
+    segments, pair_token, pair_place = pairs
+    n_pairs, d = len(pair_token), x.shape[1]
+    n_tokens, top_k = weights.shape
+    gate, up, slots = empty((n_pairs, width)), empty((n_pairs, width)), empty((n_pairs, d))
+    keep: tuple[object, ...] = (
+        x, experts, segments, pair_token, pair_place, weights, out, gate, up, slots, xq, hq
+    )  # fmt: skip
+    hq_address = 0 if hq is None else address(hq)
     shared = (
         address(experts.addresses), address(experts.kinds), int(fast), address(segments),
         len(segments),
     )  # fmt: skip
     up_args = (
-        *shared, address(pair_token), address(x), xq_address, d, address(gate), address(up),
-        hq_address, width,
+        *shared, address(pair_token), address(x), 0 if xq is None else address(xq.data), d,
+        address(gate), address(up), hq_address, width,
     )  # fmt: skip
     run(gate_up_range, up_args, keep, width, GROUP_SIZE, threads, 2 * cost)
     down_args = (
-        *shared, iota, address(gate), hq_address, width, address(slots), address(pair_place),
-        address(weights), n_tokens, top_k, address(out), d,
+        *shared, _iota_address(n_pairs), address(gate), hq_address, width, address(slots),
+        address(pair_place), address(weights), n_tokens, top_k, address(out), d,
     )  # fmt: skip
     run(down_range, down_args, keep, d, _ROW_GRAIN, threads, cost)
 
@@ -271,21 +326,24 @@ def route(
     _check(bias, n_experts)
     if n_experts % n_group or not 0 < top_k <= topk_group * (n_experts // n_group):
         raise ValueError(f"cannot choose {top_k} of {n_experts} experts in {n_group} groups")
-    ids = np.empty((n, top_k), dtype=np.int32)
-    weights = np.empty((n, top_k), dtype=np.float32)
-    route_rows(
-        address(logits), address(bias), n, n_experts, n_group, topk_group, top_k,
+    ids, weights = empty((n, top_k), np.int32), empty((n, top_k))
+    args = (
+        address(logits), address(bias), n_experts, n_group, topk_group, top_k,
         int(norm_topk_prob), float(routed_scaling_factor), address(ids), address(weights),
     )  # fmt: skip
+    run(route_rows, args, (logits, bias, ids, weights), n)
     return ids, weights
 
 
 def rmsnorm(x: F32, w: U16 | F32, eps: float) -> F32:
     """As `reference.rmsnorm`: x [T, D], w [D] -> [T, D]."""
     _check(x, None, *w.shape)
-    out = np.empty_like(x)
-    values, _ = weight_addresses(w)
-    rmsnorm_rows(address(x), values, int(w.dtype == np.uint16), float(eps), address(out), *x.shape)
+    out = empty(x.shape)
+    args = (
+        address(x), weight_addresses(w)[0], int(w.dtype == np.uint16), float(eps), address(out),
+        x.shape[1],
+    )  # fmt: skip
+    run(rmsnorm_rows, args, (x, w, out), len(x))
     return out
 
 
@@ -295,8 +353,9 @@ def rope(x: F32, cos: F32, sin: F32) -> F32:
     n, n_heads, p = x.shape
     _check(cos, n, p // 2)
     _check(sin, n, p // 2)
-    out = np.empty_like(x)
-    rope_rows(address(x), address(cos), address(sin), address(out), n, n_heads, p // 2)
+    out = empty(x.shape)
+    args = (address(x), address(cos), address(sin), address(out), n_heads, p // 2)
+    run(rope_rows, args, (x, cos, sin, out), n)
     return out
 
 
@@ -312,7 +371,7 @@ def absorb_q(q_nope: F32, w_kv_b: Weight, threads: int = 1) -> F32:
     rows, rank = w.shape
     if rows % n_heads or rows // n_heads < n_dim:
         raise ValueError(f"kv_b has {rows} rows for {n_heads} heads of {n_dim}")
-    out = np.zeros((n, n_heads, rank), dtype=np.float32)
+    out = empty((n, n_heads, rank))
     args = (
         address(q_nope), weight_addresses(w)[0], int(w.dtype == np.uint16), address(_ONES),
         address(out), n, n_heads, n_dim, rank, rows // n_heads,
@@ -332,7 +391,7 @@ def absorb_v(o_lat: F32, w_kv_b: Weight, v_head_dim: int, threads: int = 1) -> F
         raise ValueError(f"kv_b has {rows} rows for {n_heads} heads of {v_head_dim} values")
     kind = weight_kind(w)
     row_bytes = rank * (2 if kind == KIND_BF16 else 4)
-    out = np.empty((n, n_heads, v_head_dim), dtype=np.float32)
+    out = empty((n, n_heads, v_head_dim))
     args = (
         kind, address(o_lat), n_heads * rank * 4, rank * 4, _iota_address(n), n, address(out),
         n_heads * v_head_dim * 4, v_head_dim * 4,
@@ -349,7 +408,7 @@ def mla_decode(
     q_pe: F32,
     c_kv: F32 | U16,
     k_pe: F32 | U16,
-    start: int,
+    start: int | Position,
     scale: float,
     threads: int = 1,
 ) -> F32:
@@ -362,15 +421,17 @@ def mla_decode(
         c_kv, k_pe = as_f32(c_kv), as_f32(k_pe)
     if c_kv.shape[1] != rank or k_pe.shape[1] != p_dim or min(len(c_kv), len(k_pe)) < start + n:
         raise ValueError(f"a cache of {c_kv.shape}, {k_pe.shape} for {start} + {n} tokens")
-    out = np.empty_like(q_lat)
+    position = np.asarray(start, dtype=np.int64)  # a tape reads it when it is played
+    out = empty(q_lat.shape)
     args = (
         1, address(q_lat), address(q_pe), weight_addresses(c_kv)[0], weight_addresses(k_pe)[0],
-        int(c_kv.dtype == np.uint16), address(out), n, n_heads, rank, p_dim, rank, start,
-        float(scale),
+        int(c_kv.dtype == np.uint16), address(out), n, n_heads, rank, p_dim, rank,
+        address(position), float(scale),
     )  # fmt: skip
     tiles = -(-n_heads // TILE_TOKENS)
-    keep = (q_lat, q_pe, c_kv, k_pe, out)
-    run(attend_range, args, keep, n * tiles, 1, threads, n * n_heads * (start + n) * rank // 4)
+    keep = (q_lat, q_pe, c_kv, k_pe, out, position)
+    rows = int(start) + n if active_tape() is None else len(c_kv)
+    run(attend_range, args, keep, n * tiles, 1, threads, n * n_heads * rows * rank // 4)
     return out
 
 
@@ -379,7 +440,7 @@ def mla_prefill(
     q_pe: F32,
     kv: F32,
     k_pe: F32 | U16,
-    start: int,
+    start: int | Position,
     scale: float,
     threads: int = 1,
 ) -> F32:
@@ -392,12 +453,45 @@ def mla_prefill(
     k_pe = np.ascontiguousarray(as_f32(k_pe))
     if v_dim < 1 or k_pe.shape[1] != p_dim or min(len(kv), len(k_pe)) < start + n:
         raise ValueError(f"keys of {kv.shape}, {k_pe.shape} for {start} + {n} tokens")
-    out = np.empty((n, n_heads, v_dim), dtype=np.float32)
+    position = np.asarray(start, dtype=np.int64)
+    out = empty((n, n_heads, v_dim))
     args = (
         0, address(q_nope), address(q_pe), address(kv), address(k_pe), 0, address(out), n, n_heads,
-        n_dim, p_dim, v_dim, start, float(scale),
+        n_dim, p_dim, v_dim, address(position), float(scale),
     )  # fmt: skip
     items = n_heads * -(-n // QUERY_BLOCK)
-    keep = (q_nope, q_pe, kv, k_pe, out)
-    run(attend_range, args, keep, items, 1, threads, n * n_heads * (start + n) * n_dim // 4)
+    keep = (q_nope, q_pe, kv, k_pe, out, position)
+    cost = n * n_heads * (int(start) + n) * n_dim // 4
+    run(attend_range, args, keep, items, 1, threads, cost)
     return out
+
+
+def add(a: F32, b: F32) -> F32:
+    """As `reference.add`: a + b, same shape."""
+    _check(a, *b.shape)
+    _check(b, *a.shape)
+    out = empty(a.shape)
+    run(add_rows, (address(a), address(b), address(out)), (a, b, out), a.size)
+    return out
+
+
+def split(x: F32, n_left: int) -> tuple[F32, F32]:
+    """As `reference.split`: x [..., D] -> [..., n_left] and [..., D - n_left]."""
+    _check(x, *x.shape)
+    n_right = x.shape[-1] - n_left
+    left, right = empty((*x.shape[:-1], n_left)), empty((*x.shape[:-1], n_right))
+    args = (address(x), address(left), address(right), n_left, n_right)
+    run(split_rows, args, (x, left, right), x.size // x.shape[-1])
+    return left, right
+
+
+def store_rows_at(rows: F32, out: U16 | F32, start: int | Position) -> None:
+    """As `reference.store_rows_at`: rows [T, D] -> out[start : start + T]."""
+    _check(rows, None, out.shape[1])
+    if int(start) + len(rows) > len(out):
+        raise ValueError(f"{start} + {len(rows)} rows do not fit {len(out)}")
+    position = np.asarray(start, dtype=np.int64)
+    args = (
+        address(rows), address(out), int(out.dtype == np.uint16), rows.shape[1], address(position)
+    )  # fmt: skip
+    run(store_rows, args, (rows, out, position), len(rows))

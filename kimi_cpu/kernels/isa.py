@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,9 @@ numba_config: Any = config
 LLVM_MAJOR: int = llvm_version_info[0]
 
 
+IS_X86 = numba_config.MACHINE_BITS == 64 and platform.machine().lower() in ("x86_64", "amd64")
+
+
 def _choose_variant() -> tuple[str, str, str]:
     """(variant, CPU name, CPU features) of the code that this process compiles."""
     forced = os.environ.get("KIMI_CPU_ISA", "").strip().lower()
@@ -62,14 +65,13 @@ def _choose_variant() -> tuple[str, str, str]:
         raise UsageError(
             f"KIMI_CPU_ISA={forced!r} is not a kernel variant", f"use one of {', '.join(VARIANTS)}"
         )
-    is_x86 = numba_config.MACHINE_BITS == 64 and platform.machine().lower() in ("x86_64", "amd64")
-    if forced in _FORCED_TARGET and is_x86 and numba_config.CPU_NAME is None:
+    if forced in _FORCED_TARGET and IS_X86 and numba_config.CPU_NAME is None:
         # Takes effect only if nobody compiled with numba before us in this process; else the
         # kernels still use the forced variant's own instructions, which is what matters.
         numba_config.CPU_NAME, numba_config.CPU_FEATURES = _FORCED_TARGET[forced]
     _, cpu_name, features = cpu_target.target_context.codegen().magic_tuple()
     enabled = {f[1:] for f in features.split(",") if f.startswith("+")}
-    possible = [v for v in VARIANTS if enabled >= _NEEDS[v] and (is_x86 or v == "portable")]
+    possible = [v for v in VARIANTS if enabled >= _NEEDS[v] and (IS_X86 or v == "portable")]
     if forced and forced not in possible:
         raise UsageError(
             f"this machine cannot run the {forced} kernels",
@@ -140,14 +142,26 @@ def _cache_folder() -> Path:
 CACHE_FOLDER = _cache_folder()
 
 
-def jit(function: Callable[..., Any]) -> Any:
-    """`numba.njit` as all kernels use it: without the GIL, cached in CACHE_FOLDER."""
+@contextlib.contextmanager
+def _our_cache() -> Iterator[None]:
     before = numba_config.CACHE_DIR
     numba_config.CACHE_DIR = str(CACHE_FOLDER)  # read while decorating
     try:
-        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+        yield
     finally:
         numba_config.CACHE_DIR = before
+
+
+def jit(function: Callable[..., Any]) -> Any:
+    """`numba.njit` as all kernels use it: without the GIL, cached in CACHE_FOLDER."""
+    with _our_cache():
+        return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
+
+
+def c_callback(signature: str, function: Callable[..., Any]) -> Any:
+    """Compile a function for calls through its machine `address`, cached in CACHE_FOLDER."""
+    with _our_cache():
+        return numba.cfunc(signature, cache=True, nopython=True, error_model="numpy")(function)
 
 
 def is_cached() -> bool:

@@ -11,7 +11,7 @@ from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, pack_rows
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.matmul import KIND_Q8, dot_rows
 from kimi_cpu.kernels.norm_rope import silu_mul_row, weighted_row_sum
-from kimi_cpu.kernels.simd import load_i32, load_i64
+from kimi_cpu.kernels.simd import load_i32, load_i64, store_i64
 
 
 @jit
@@ -80,3 +80,12 @@ def down_range(  # type: ignore[no-untyped-def]
             slots, d * 4, pair_place + t * top_k * 8, weights + t * top_k * 4, top_k,
             out + t * d * 4, start, stop,
         )  # fmt: skip
+
+
+@jit
+def group_pairs(ids, segments, top_k):  # type: ignore[no-untyped-def]
+    """Segments of one token: expert ids[k] (int32) has the pair k."""
+    for k in range(top_k):
+        store_i64(segments + k * 24, load_i32(ids + k * 4))
+        store_i64(segments + k * 24 + 8, k)
+        store_i64(segments + k * 24 + 16, k + 1)

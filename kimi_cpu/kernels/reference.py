@@ -9,8 +9,20 @@ from __future__ import annotations
 
 import numpy as np
 
-from kimi_cpu.kernels.common import I32, Q8, ExpertTable, Precision
-from kimi_cpu.quant import F32, GROUP_SIZE, U16, Int4Weight, Weight, as_f32, dequantize
+from kimi_cpu.kernels.common import I32, Q8, ExpertTable, Position, Precision
+from kimi_cpu.quant import (
+    F32,
+    GROUP_SIZE,
+    U16,
+    Int4Weight,
+    Weight,
+    as_f32,
+    dequantize,
+    f32_to_bf16,
+)
+
+#: The reference computes at once, always; the compiled kernels can be recorded.
+recording = None
 
 
 def linear(x: F32, w: Weight, threads: int = 1) -> F32:
@@ -158,7 +170,7 @@ def mla_decode(
     q_pe: F32,
     c_kv: F32 | U16,
     k_pe: F32 | U16,
-    start: int,
+    start: int | Position,
     scale: float,
     threads: int = 1,
 ) -> F32:
@@ -167,8 +179,10 @@ def mla_decode(
     c_kv [S, R] and k_pe [S, P] are the cache (float32 or bf16 bits), S >= start + T; query t
     attends to rows 0 .. start + t: softmax((q_lat . c_kv + q_pe . k_pe) * scale) . c_kv.
     """
-    c = as_f32(c_kv)
-    scores = (q_lat @ c.T + q_pe @ as_f32(k_pe).T) * np.float32(scale)
+    start = int(start)
+    end = start + len(q_lat)
+    c, k = as_f32(c_kv[:end]), as_f32(k_pe[:end])
+    scores = (q_lat @ c.T + q_pe @ k.T) * np.float32(scale)
     return _causal_softmax(scores, start) @ c
 
 
@@ -177,7 +191,7 @@ def mla_prefill(
     q_pe: F32,
     kv: F32,
     k_pe: F32 | U16,
-    start: int,
+    start: int | Position,
     scale: float,
     threads: int = 1,
 ) -> F32:
@@ -186,8 +200,24 @@ def mla_prefill(
     kv [S, H, N + V] is kv_b(c_kv) of the rows 0 .. S-1, k_pe [S, P] their rotated shared keys;
     query t attends to rows 0 .. start + t.
     """
-    n = q_nope.shape[2]
+    start, n = int(start), q_nope.shape[2]
     scores = np.einsum("thn,shn->ths", q_nope, kv[:, :, :n], optimize=True)
     scores = (scores + q_pe @ as_f32(k_pe).T) * np.float32(scale)
     p = _causal_softmax(scores, start)
     return np.ascontiguousarray(np.einsum("ths,shv->thv", p, kv[:, :, n:], optimize=True))
+
+
+def add(a: F32, b: F32) -> F32:
+    """a + b, of the same shape."""
+    return a + b
+
+
+def split(x: F32, n_left: int) -> tuple[F32, F32]:
+    """The first n_left numbers of the last axis, and the others, both contiguous."""
+    return np.ascontiguousarray(x[..., :n_left]), np.ascontiguousarray(x[..., n_left:])
+
+
+def store_rows_at(rows: F32, out: U16 | F32, start: int | Position) -> None:
+    """out[start : start + T] = rows [T, D], rounded to bf16 bits if out is uint16."""
+    at = int(start)
+    out[at : at + len(rows)] = f32_to_bf16(rows) if out.dtype == np.uint16 else rows

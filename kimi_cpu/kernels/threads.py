@@ -1,99 +1,454 @@
-"""Persistent worker threads that share out ranges of rows.
+"""A team of threads that hand work over by spinning, and the tape of operations they play.
 
-Kernels release the GIL and write disjoint rows, and a row's result does not depend on the range
-it is computed in, so outputs are the same for any number of threads. Several Python threads may
-use the pool at once: each waits for its own ranges only. (Numba's `prange` is avoided: its
-default scheduler aborts the process when two threads enter it.)
+An *operation* (see `ops.py`) is a compiled function of (args, start, stop): `args` is the address
+of its int64 arguments, [start, stop) the part of its rows to compute. `run` plays one at once;
+inside `recording()` it is appended to a `Tape` instead, which plays a whole token without
+returning to Python. Outputs come from `empty`: a tape keeps and reuses their memory.
+
+One thread, the leader, publishes an operation's chunks in a single word; every thread of the team
+claims chunks by compare-and-swap until none is left, and the leader waits until all are done. A
+thread that the system holds up therefore holds up nobody unless it holds a chunk. Workers spin for
+a tenth of a millisecond after the last chunk and then sleep, so that nothing burns between tokens.
+Rows are written by exactly one chunk and do not depend on its borders: results are the same for any
+number of threads. (Numba's `prange` is avoided: its default scheduler takes 0.1 ms to start and
+aborts the process when two threads enter it.)
 """
 
 from __future__ import annotations
 
-import itertools
+import ctypes
 import os
-import queue
+import struct
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
-#: Below this many bytes of weights (or comparable work) waking a thread costs more than it saves.
-MIN_PARALLEL_COST = 400_000
-#: Ranges a thread, so that a thread that the system holds up does not hold up the others.
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba.core import types
+
+from kimi_cpu.kernels.common import address
+from kimi_cpu.kernels.isa import IS_X86, c_callback, jit
+from kimi_cpu.kernels.simd import I64, POINTER, intrinsic, literal_intrinsic, load_i64
+
+#: Below this many bytes of weights (or comparable work) a hand-over costs more than it saves.
+MIN_PARALLEL_COST = 50_000
+#: Chunks a thread, so that a thread that the system holds up does not hold up the others.
 CHUNKS_PER_THREAD = 4
 
-_Job = Callable[[], None]
+# The team's memory: words of 8 bytes, what different threads write on different cache lines.
+# A claim word is sequence << 40 | chunks << 20 | next chunk: one compare-and-swap sees all three.
+_CLAIM, _DONE, _JOB, _AWAKE, _YIELD, _WORDS = 0, 16, 32, 48, 64, 80
+_FIELD = (1 << 20) - 1
+#: Turns of the pause loop (20 to 40 ns each) before a worker sleeps or the leader yields its core.
+_SPIN_TURNS = 4000
+
+# A tape entry: operation, rows (or minus the address of their number), rows a chunk, words of
+# arguments, and the arguments. Operation 0 checks that experts are loaded, see `Tape.need_experts`.
+_HEAD = 4
 
 
-class _Pool:
+@literal_intrinsic
+def load_args(typingctx: Any, args: Any, n: Any) -> Any:
+    """The first n (a literal) int64 arguments of an operation, as a tuple."""
+    count = n.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        words = []
+        for i in range(count):
+            at = builder.add(values[0], ir.Constant(I64, 8 * i))
+            words.append(builder.load(builder.inttoptr(at, POINTER), typ=I64, align=8))
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.int64, count)(types.int64, n), codegen
+
+
+@intrinsic
+def as_f64(typingctx: Any, bits: Any) -> Any:
+    """The float64 that `float_bits` put into an int64 argument."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.bitcast(args[0], ir.DoubleType())
+
+    return types.float64(types.int64), codegen
+
+
+def float_bits(x: float) -> int:
+    """A float64's bits as an int64, to pass it among an operation's arguments."""
+    return int(struct.unpack("<q", struct.pack("<d", x))[0])
+
+
+@intrinsic
+def _call(typingctx: Any, op: Any, args: Any, start: Any, stop: Any) -> Any:
+    """Call an operation by its address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        function = ir.FunctionType(ir.VoidType(), [I64] * 3).as_pointer()
+        builder.call(builder.inttoptr(values[0], function), values[1:])
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def _yield_core(typingctx: Any, function: Any) -> Any:
+    """Call `sched_yield` (or its like) at this address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, values: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), []).as_pointer()
+        builder.call(builder.inttoptr(values[0], kind), [])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def _atomic_load(typingctx: Any, addr: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = builder.inttoptr(args[0], POINTER)
+        return builder.load_atomic(at, "acquire", 8, typ=I64)
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def _atomic_add(typingctx: Any, addr: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("add", builder.inttoptr(args[0], POINTER), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _atomic_set(typingctx: Any, addr: Any, value: Any) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.atomic_rmw("xchg", builder.inttoptr(args[0], POINTER), args[1], "seq_cst")
+
+    return types.int64(types.int64, types.int64), codegen
+
+
+@intrinsic
+def _swap_if_equal(typingctx: Any, addr: Any, expected: Any, new: Any) -> Any:
+    """Compare-and-swap; 1 if it took place."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        at = builder.inttoptr(args[0], POINTER)
+        result = builder.cmpxchg(at, args[1], args[2], "seq_cst", "seq_cst")
+        return builder.zext(builder.extract_value(result, 1), I64)
+
+    return types.int64(types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def _pause(typingctx: Any) -> Any:
+    """Tell the core that this is a spin loop."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        if IS_X86:
+            name = "llvm.x86.sse2.pause"
+            kind = ir.FunctionType(ir.VoidType(), [])
+            declared = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            builder.call(declared, [])
+        else:
+            builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@jit
+def _take_chunks(team):  # type: ignore[no-untyped-def]
+    """Claim and compute chunks of the published operation until none is left."""
+    claim = _atomic_load(team + _CLAIM * 8)
+    while (claim & _FIELD) < ((claim >> 20) & _FIELD):
+        if _swap_if_equal(team + _CLAIM * 8, claim, claim + 1):
+            # The operation cannot end before this chunk is done, so its fields are stable.
+            op, args, grain, total = load_args(team + _JOB * 8, 4)
+            start = (claim & _FIELD) * grain
+            _call(op, args, start, min(start + grain, total))
+            _atomic_add(team + _DONE * 8, 1)
+        claim = _atomic_load(team + _CLAIM * 8)
+
+
+@jit
+def _serve(team):  # type: ignore[no-untyped-def]
+    """A worker's turn: help until there has been nothing to do for a while."""
+    _atomic_add(team + _AWAKE * 8, 1)
+    idle = 0
+    while idle < _SPIN_TURNS:
+        claim = _atomic_load(team + _CLAIM * 8)
+        if (claim & _FIELD) < ((claim >> 20) & _FIELD):
+            _take_chunks(team)
+            idle = 0
+        else:
+            _pause()
+            idle += 1
+    _atomic_add(team + _AWAKE * 8, -1)
+
+
+@jit
+def _lead(team, op, args, grain, total, chunks):  # type: ignore[no-untyped-def]
+    """Publish an operation, take part in it, and wait until all of it is done."""
+    _atomic_set(team + _JOB * 8, op)
+    _atomic_set(team + _JOB * 8 + 8, args)
+    _atomic_set(team + _JOB * 8 + 16, grain)
+    _atomic_set(team + _JOB * 8 + 24, total)
+    _atomic_set(team + _DONE * 8, 0)
+    sequence = (_atomic_load(team + _CLAIM * 8) >> 40) + 1
+    _atomic_set(team + _CLAIM * 8, (sequence << 40) | (chunks << 20))
+    _take_chunks(team)
+    turns = 0
+    while _atomic_load(team + _DONE * 8) < chunks:
+        turns += 1
+        if turns < _SPIN_TURNS:
+            _pause()
+        else:  # somebody holds a chunk and no core: give it ours
+            _yield_core(load_i64(team + _YIELD * 8))
+
+
+@jit
+def _play(team, tape, position, end):  # type: ignore[no-untyped-def]
+    """Play the words [position, end) of a tape; returns where it stopped (end: all is done).
+
+    team 0: in this thread alone.
+    """
+    while position < end:
+        op, total, grain, words = load_args(tape + position * 8, 4)
+        args = tape + (position + _HEAD) * 8
+        if total < 0:
+            total = load_i64(-total)
+        if op == 0:
+            segments, n_segments, addresses = load_args(args, 3)
+            for i in range(n_segments):
+                if load_i64(addresses + load_i64(segments + 24 * i) * 48) == 0:
+                    return position
+        else:
+            chunks = (total + grain - 1) // grain
+            if team == 0 or chunks < 2:
+                _call(op, args, 0, total)
+            else:
+                _lead(team, op, args, grain, total, chunks)
+        position += _HEAD + words
+    return position
+
+
+class Op:
+    """A compiled operation; compiled, or loaded from the cache, when first used."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+        self._callback: Any = None
+        self.__doc__ = function.__doc__
+
+    @property
+    def address(self) -> int:
+        """Where its machine code is."""
+        if self._callback is None:
+            self._callback = c_callback("void(int64, int64, int64)", self._function)
+        return int(self._callback.address)
+
+
+_OPS: dict[Any, Op] = {}
+
+
+def op_of(kernel: Any) -> Callable[[Callable[..., None]], Op]:
+    """Decorator: `function(args, start, stop)` is the operation that calls this kernel."""
+
+    def register(function: Callable[..., None]) -> Op:
+        _OPS[kernel] = Op(function)
+        return _OPS[kernel]
+
+    return register
+
+
+class _Team:
+    """The process's workers and the memory through which they are led."""
+
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._jobs: queue.SimpleQueue[_Job] = queue.SimpleQueue()
-        self._workers = 0
         self._pid = os.getpid()
+        self._memory = np.zeros(_WORDS + 8, dtype=np.int64)
+        skip = -address(self._memory) % 64 // 8  # start on a cache line
+        self._words = self._memory[skip : skip + _WORDS]
+        self._words[_YIELD] = _yield_address()
+        self.address = address(self._words)
+        self._wake = threading.Semaphore(0)
+        self._workers = 0
+        self.lock = threading.Lock()
 
-    def submit(self, job: _Job, copies: int) -> None:
-        """Let up to `copies` workers run job; missing workers are started."""
-        if self._workers < copies or self._pid != os.getpid():
-            self._grow(copies)
-        for _ in range(copies):
-            self._jobs.put(job)
+    def call_up(self, threads: int) -> None:
+        """See to it that threads - 1 workers are awake or waking; the caller holds the lock."""
+        while self._workers < threads - 1:
+            threading.Thread(target=self._work, name="kimi-cpu-kernel", daemon=True).start()
+            self._workers += 1
+        for _ in range(threads - 1 - int(self._words[_AWAKE])):
+            self._wake.release()
 
-    def _grow(self, n: int) -> None:
-        with self._lock:
-            if self._pid != os.getpid():  # a fork has no threads but this one
-                self._jobs, self._workers, self._pid = queue.SimpleQueue(), 0, os.getpid()
-            while self._workers < n:
-                threading.Thread(
-                    target=_work, args=(self._jobs,), name="kimi-cpu-kernel", daemon=True
-                ).start()
-                self._workers += 1
+    def _work(self) -> None:
+        while True:
+            self._wake.acquire()
+            _serve(self.address)
 
-
-def _work(jobs: queue.SimpleQueue[_Job]) -> None:
-    while True:
-        job = jobs.get()
-        job()
-        del job  # and with it the arrays it keeps alive
+    def is_ours(self) -> bool:
+        """False in a child process: a fork has no threads but the one that forked."""
+        return self._pid == os.getpid()
 
 
-_POOL = _Pool()
+def _yield_address() -> int:
+    """Address of a C function without arguments that gives up the core."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread  # type: ignore[attr-defined, unused-ignore]
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    return int(ctypes.cast(function, ctypes.c_void_p).value or 0)
+
+
+_team: _Team | None = None
+
+
+def _lead_team(tape: int, position: int, end: int, threads: int) -> int:
+    """`_play` with `threads` threads; returns where the tape stopped."""
+    global _team
+    if threads <= 1:
+        return int(_play(0, tape, position, end))
+    team = _team
+    if team is None or not team.is_ours():
+        team = _team = _Team()
+    with team.lock:
+        team.call_up(threads)
+        return int(_play(team.address, tape, position, end))
+
+
+def _reference_counts(arrays: list[npt.NDArray[np.uint8]]) -> list[int]:
+    return [sys.getrefcount(array) for array in arrays]
+
+
+#: The count of an array that only a list refers to (it differs between Python versions).
+_UNUSED = _reference_counts([np.empty(1, dtype=np.uint8)])[0]
+
+
+class Tape:
+    """Recorded operations, playable any number of times; keeps the arrays they use alive."""
+
+    def __init__(self) -> None:
+        self._recorded: list[int] = []
+        self._words: npt.NDArray[np.int64] | None = None
+        self._keep: list[Any] = []
+        self._buffers: list[npt.NDArray[np.uint8]] = []
+        self._loaders: dict[int, Callable[[], None]] = {}
+        self._parallel = False
+
+    def add(
+        self, op: Op, args: Sequence[int], keep: Sequence[Any], total: int, grain: int
+    ) -> None:
+        """Append an operation; grain >= total plays it in one piece."""
+        self._recorded += [op.address, total, grain, len(args), *args]
+        self._keep += keep
+        self._parallel |= total < 0 or grain < total
+
+    def need_experts(
+        self,
+        segments: npt.NDArray[np.int64],
+        addresses: npt.NDArray[np.int64],
+        load: Callable[[], None],
+    ) -> None:
+        """Append a check: unless all experts of `segments` are loaded, call `load` first.
+
+        Args:
+            segments: int64 [n, 3], its first column the experts, filled when the tape is played.
+            addresses: int64 [E, 6] of an `ExpertTable`, 0 where an expert is not loaded.
+            load: loads what `segments` says.
+        """
+        self._loaders[len(self._recorded)] = load
+        self._recorded += [0, 0, 1, 3, address(segments), len(segments), address(addresses)]
+        self._keep += [segments, addresses]
+
+    def empty(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
+        """Memory for an intermediate result, taken from one that nobody refers to any more.
+
+        Operations are played in the order of recording, so when the recorded code has dropped
+        its last reference to an array, later operations may overwrite it.
+        """
+        n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for buffer, count in zip(self._buffers, _reference_counts(self._buffers), strict=True):
+            if buffer.nbytes >= n_bytes and count == _UNUSED:
+                return buffer[:n_bytes].view(dtype).reshape(shape)
+        buffer = np.empty(max(n_bytes, 64), dtype=np.uint8)
+        self._buffers.append(buffer)
+        return buffer[:n_bytes].view(dtype).reshape(shape)
+
+    def play(self, threads: int) -> None:
+        """Compute everything once."""
+        if self._words is None:
+            self._words = np.array(self._recorded, dtype=np.int64)
+        tape, end, position = address(self._words), self._words.size, 0
+        while True:
+            position = _lead_team(tape, position, end, threads if self._parallel else 1)
+            if position >= end:
+                return
+            self._loaders[position]()
+
+
+_state = threading.local()
+
+
+@contextmanager
+def recording() -> Iterator[Tape]:
+    """Within this block (and thread), `run` records into the tape that it yields."""
+    assert getattr(_state, "tape", None) is None, "already recording"
+    _state.tape = Tape()
+    try:
+        yield _state.tape
+    finally:
+        _state.tape = None
+
+
+def active_tape() -> Tape | None:
+    """The tape being recorded by this thread, if any."""
+    tape: Tape | None = getattr(_state, "tape", None)
+    return tape
+
+
+def empty(shape: tuple[int, ...], dtype: Any = np.float32) -> npt.NDArray[Any]:
+    """An uninitialised array for an operation's output."""
+    tape = active_tape()
+    return np.empty(shape, dtype) if tape is None else tape.empty(shape, dtype)
 
 
 def run(
-    kernel: Callable[..., Any],
-    args: tuple[Any, ...],
-    keep: tuple[Any, ...],
+    kernel: Any,
+    args: Sequence[int | float],
+    keep: Sequence[Any],
     total: int,
-    grain: int,
-    threads: int,
-    cost: int,
+    grain: int = 1,
+    threads: int = 1,
+    cost: int = 0,
 ) -> None:
-    """kernel(*args, start, stop) over ranges that cover 0 .. total.
+    """Compute rows 0 .. total - 1 of an operation, now or, when recording, later.
 
-    Ranges start at multiples of grain. cost is about the bytes read: small work runs at once in
-    the calling thread. keep holds the arrays whose addresses are in args: a worker may still be
-    writing when Ctrl-C makes this function return early, so each holds them until it is done.
-    An exception in any range is raised here, after all have ended.
+    Args:
+        kernel: a kernel that has an operation (see `ops.py`).
+        args: its arguments: addresses, integers, and floats, which are passed by their bits.
+        keep: the arrays whose addresses are in args.
+        total: number of rows.
+        grain: chunks start at multiples of this.
+        threads: how many threads may take part.
+        cost: about the bytes it reads: small work is not handed over.
     """
-    grains = -(-total // grain)
-    if threads <= 1 or cost < MIN_PARALLEL_COST or grains < 2:
-        kernel(*args, 0, total)
+    if total <= 0:
         return
-    chunks = min(grains, threads * CHUNKS_PER_THREAD)
-    claims = itertools.count()  # next() is atomic
-    done: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
-
-    def share(_keep: tuple[Any, ...] = keep) -> None:
-        while (chunk := next(claims)) < chunks:
-            start, stop = chunk * grains // chunks, (chunk + 1) * grains // chunks
-            try:
-                kernel(*args, start * grain, min(stop * grain, total))
-            except BaseException as error:
-                done.put(error)
-            else:
-                done.put(None)
-
-    _POOL.submit(share, min(threads, chunks) - 1)
-    share()
-    errors = [error for _ in range(chunks) if (error := done.get()) is not None]
-    if errors:
-        raise errors[0]
+    op = _OPS[kernel]
+    words = [float_bits(a) if isinstance(a, float) else a for a in args]
+    if threads <= 1 or cost < MIN_PARALLEL_COST:
+        chunk = total
+    else:
+        chunks = threads * CHUNKS_PER_THREAD
+        chunk = -(-total // (chunks * grain)) * grain
+    tape = active_tape()
+    if tape is not None:
+        tape.add(op, words, keep, total, chunk)
+        return
+    entry = np.array([op.address, total, chunk, len(words), *words], dtype=np.int64)
+    _lead_team(address(entry), 0, entry.size, threads if chunk < total else 1)

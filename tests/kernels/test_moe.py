@@ -24,7 +24,7 @@ def make_table(inputs, kinds, n_experts, d, width):
         loads.append(e)
         return experts[e]
 
-    return ExpertTable(load, n_experts), loads
+    return ExpertTable(load, n_experts, width), loads
 
 
 def choose(inputs, n, n_experts, top_k):

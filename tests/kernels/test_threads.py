@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-import weakref
 from pathlib import Path
 
 import numpy as np
@@ -17,79 +15,124 @@ import pytest
 
 from kimi_cpu.kernels import fast, isa
 from kimi_cpu.kernels import threads as pool
+from kimi_cpu.kernels.common import address
+from kimi_cpu.kernels.simd import load_i64, store_i64
 
 ROOT = Path(__file__).parents[2]
 
 
+@isa.jit
+def count_rows(out, start, stop):
+    """out[i] += 1 for start <= i < stop."""
+    for i in range(start, stop):
+        store_i64(out + 8 * i, load_i64(out + 8 * i) + 1)
+
+
+@isa.jit
+def copy_first(source, out, start, stop):
+    """out[start:stop] = source[0]."""
+    for i in range(start, stop):
+        store_i64(out + 8 * i, load_i64(source))
+
+
+@pool.op_of(count_rows)
+def _count(args, start, stop):
+    count_rows(*pool.load_args(args, 1), start, stop)
+
+
+@pool.op_of(copy_first)
+def _copy(args, start, stop):
+    copy_first(*pool.load_args(args, 2), start, stop)
+
+
 @pytest.mark.parametrize(
-    ("total", "grain", "threads"), [(1, 1, 4), (7, 2, 3), (100, 32, 2), (5, 8, 2)]
+    ("total", "grain", "threads"), [(1, 1, 4), (7, 2, 3), (100, 32, 2), (5, 8, 2), (10000, 1, 3)]
 )
 def test_ranges_cover_everything_once(total, grain, threads):
-    seen = np.zeros(total, dtype=int)
-
-    def kernel(offset, start, stop):
-        assert offset == 3 and start % grain == 0
-        seen[start:stop] += 1
-
-    pool.run(kernel, (3,), (), total, grain, threads, cost=1 << 40)
-    assert (seen == 1).all()
+    for _ in range(50):
+        seen = np.zeros(total + 1, dtype=np.int64)
+        pool.run(count_rows, (address(seen),), (seen,), total, grain, threads, cost=1 << 40)
+        assert (seen[:-1] == 1).all() and seen[-1] == 0
 
 
-def test_small_work_runs_in_the_calling_thread():
-    where = []
-    pool.run(lambda *_: where.append(threading.get_ident()), (), (), 100, 1, 8, cost=10)
-    assert where == [threading.get_ident()]
+def test_nothing_to_do():
+    seen = np.zeros(1, dtype=np.int64)
+    pool.run(count_rows, (address(seen),), (seen,), 0)
+    assert seen[0] == 0
 
 
-def test_an_error_in_a_worker_is_raised_and_the_pool_survives():
-    def fail(start, stop):
-        raise RuntimeError(f"rows {start}")
+def test_a_tape_plays_again_with_what_lies_in_its_inputs():
+    source = np.array([5], dtype=np.int64)
+    with pool.recording() as tape:
+        middle = pool.empty((100,), np.int64)
+        pool.run(copy_first, (address(source), address(middle)), (), 100, 1, 2, cost=1 << 40)
+        out = pool.empty((300,), np.int64)
+        pool.run(copy_first, (address(middle), address(out)), (), 300, 1, 2, cost=1 << 40)
+    for value in (5, 7, -3):
+        source[0] = value
+        tape.play(threads=2)
+        assert (out == value).all()
 
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="rows"):
-            pool.run(fail, (), (), 8, 1, 4, cost=1 << 40)
-    test_ranges_cover_everything_once(50, 1, 4)
+
+def test_a_tape_reuses_memory_that_nobody_refers_to():
+    with pool.recording():
+        first = pool.empty((100,), np.float32)
+        view = first[10:]
+        at = address(first)
+        del first
+        second = pool.empty((50,), np.float32)
+        assert address(second) != at  # the view still needs it
+        del view
+        third = pool.empty((5, 10), np.float32)
+        assert address(third) == at and third.shape == (5, 10)
 
 
-@pytest.mark.skipif(not hasattr(signal, "pthread_kill"), reason="needs POSIX signals")
-def test_arrays_outlive_an_interrupted_call():
-    """Ctrl-C may leave a worker writing: it must not write into freed memory."""
+def test_a_tape_stops_for_experts_that_are_not_loaded():
+    segments = np.array([[3, 0, 1], [1, 1, 2]], dtype=np.int64)
+    addresses = np.zeros((4, 6), dtype=np.int64)
+    seen, loads = np.zeros(4, dtype=np.int64), []
 
-    class Array:
-        pass
+    def load():
+        loads.append(segments[:, 0].tolist())
+        addresses[segments[:, 0]] = 1
 
-    main, started, release = threading.get_ident(), threading.Event(), threading.Event()
+    with pool.recording() as tape:
+        pool.run(count_rows, (address(seen),), (seen,), 2)
+        tape.need_experts(segments, addresses, load)
+        pool.run(count_rows, (address(seen),), (seen,), 4)
+    tape.play(threads=1)
+    tape.play(threads=2)
+    assert loads == [[3, 1]]
+    assert seen.tolist() == [4, 4, 2, 2]
 
-    def kernel(start, stop):  # two ranges, one for this thread and one for a worker
-        if threading.get_ident() == main:
-            assert started.wait(10)
-        else:
-            started.set()
-            assert release.wait(10)
 
-    array = Array()
-    alive = weakref.ref(array)
+def test_workers_sleep_when_there_is_nothing_to_do():
+    test_ranges_cover_everything_once(1000, 1, 2)
+    time.sleep(0.2)
+    before = time.process_time()
+    time.sleep(0.3)
+    assert time.process_time() - before < 0.05
+    test_ranges_cover_everything_once(1000, 1, 2)  # and they wake up again
 
-    def press_ctrl_c():
-        started.wait(10)
-        time.sleep(0.2)  # by now the main thread waits for the worker
-        signal.pthread_kill(main, signal.SIGINT)
 
-    presser = threading.Thread(target=press_ctrl_c)
-    presser.start()
-    with pytest.raises(KeyboardInterrupt):
-        pool.run(kernel, (), (array,), 2, 1, 2, cost=1 << 40)
-    presser.join()
-    del array
-    gc.collect()
-    assert alive() is not None
-    release.set()
-    for _ in range(100):
-        gc.collect()
-        if alive() is None:
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_gets_a_team_of_its_own():
+    test_ranges_cover_everything_once(1000, 1, 2)
+    child = os.fork()
+    if child == 0:
+        seen = np.zeros(1000, dtype=np.int64)
+        pool.run(count_rows, (address(seen),), (seen,), 1000, 1, 2, cost=1 << 40)
+        os._exit(0 if (seen == 1).all() else 1)
+    for _ in range(200):
+        done, status = os.waitpid(child, os.WNOHANG)
+        if done:
             break
-        time.sleep(0.02)
-    assert alive() is None
+        time.sleep(0.05)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert status == 0
 
 
 def test_sessions_may_compute_at_the_same_time(inputs, monkeypatch):

@@ -1,0 +1,104 @@
+"""Each kernel as an operation: (args, start, stop) with its arguments in memory, for the team."""
+
+from __future__ import annotations
+
+from kimi_cpu.kernels.attention import absorb_q_range, attend_range
+from kimi_cpu.kernels.int4 import pack_rows
+from kimi_cpu.kernels.matmul import matmul_range
+from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
+from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
+from kimi_cpu.kernels.router import route_rows
+from kimi_cpu.kernels.rows import add_rows, split_rows, store_rows, zero_heads
+from kimi_cpu.kernels.simd import load_i64
+from kimi_cpu.kernels.threads import as_f64, load_args, op_of
+
+
+@op_of(matmul_range)
+def matmul(args, start, stop):  # type: ignore[no-untyped-def]
+    matmul_range(*load_args(args, 14), start, stop)
+
+
+@op_of(gate_up_range)
+def gate_up(args, start, stop):  # type: ignore[no-untyped-def]
+    gate_up_range(*load_args(args, 13), start, stop)
+
+
+@op_of(down_range)
+def down(args, start, stop):  # type: ignore[no-untyped-def]
+    down_range(*load_args(args, 16), start, stop)
+
+
+@op_of(group_pairs)
+def group(args, start, stop):  # type: ignore[no-untyped-def]
+    group_pairs(*load_args(args, 3))
+
+
+@op_of(attend_range)
+def attend(args, start, stop):  # type: ignore[no-untyped-def]
+    # The position is read when the operation is played: a tape serves every token.
+    position = load_i64(load_i64(args + 8 * 12))
+    attend_range(*load_args(args, 12), position, as_f64(load_i64(args + 8 * 13)), start, stop)
+
+
+@op_of(absorb_q_range)
+def absorb_q(args, start, stop):  # type: ignore[no-untyped-def]
+    out, n_tokens, n_heads, _, rank = load_args(args + 4 * 8, 5)
+    zero_heads(out, n_tokens, n_heads, rank, start, stop)
+    absorb_q_range(*load_args(args, 10), start, stop)
+
+
+@op_of(pack_rows)
+def pack(args, start, stop):  # type: ignore[no-untyped-def]
+    x, d, out = load_args(args, 3)
+    pack_rows(x, d, out, start, stop, 0, d)
+
+
+@op_of(rmsnorm_rows)
+def rmsnorm(args, start, stop):  # type: ignore[no-untyped-def]
+    x, w, is_bf16, eps, out, d = load_args(args, 6)
+    at = start * d * 4
+    rmsnorm_rows(x + at, w, is_bf16, as_f64(eps), out + at, stop - start, d)
+
+
+@op_of(rope_rows)
+def rope(args, start, stop):  # type: ignore[no-untyped-def]
+    x, cos, sin, out, n_heads, half = load_args(args, 6)
+    at, angle = start * n_heads * half * 8, start * half * 4
+    rope_rows(x + at, cos + angle, sin + angle, out + at, stop - start, n_heads, half)
+
+
+@op_of(silu_mul_rows)
+def silu_mul(args, start, stop):  # type: ignore[no-untyped-def]
+    gate, up, out = load_args(args, 3)
+    at = start * 4
+    silu_mul_rows(gate + at, up + at, out + at, stop - start)
+
+
+@op_of(route_rows)
+def route(args, start, stop):  # type: ignore[no-untyped-def]
+    logits, bias, n_experts, n_group, topk_group, top_k, normalise, factor, ids, weights = (
+        load_args(args, 10)
+    )
+    at = start * top_k * 4
+    route_rows(
+        logits + start * n_experts * 4, bias, stop - start, n_experts, n_group, topk_group, top_k,
+        normalise, as_f64(factor), ids + at, weights + at,
+    )  # fmt: skip
+
+
+@op_of(add_rows)
+def add(args, start, stop):  # type: ignore[no-untyped-def]
+    a, b, out = load_args(args, 3)
+    at = start * 4
+    add_rows(a + at, b + at, out + at, stop - start)
+
+
+@op_of(split_rows)
+def split(args, start, stop):  # type: ignore[no-untyped-def]
+    split_rows(*load_args(args, 5), start, stop)
+
+
+@op_of(store_rows)
+def store(args, start, stop):  # type: ignore[no-untyped-def]
+    rows, out, is_bf16, d, position = load_args(args, 5)
+    store_rows(rows, out, is_bf16, d, load_i64(position), start, stop)

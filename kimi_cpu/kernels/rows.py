@@ -1,0 +1,90 @@
+"""Moving and adding rows of float32: what stands between the products of a layer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from numba.core import types
+
+from kimi_cpu.kernels.isa import jit
+from kimi_cpu.kernels.norm_rope import _emit_pieces, _load, _store
+from kimi_cpu.kernels.simd import I16, I32, Emit, const, intrinsic, store_f32
+
+
+@intrinsic
+def _add(typingctx: Any, a: Any, b: Any, out: Any, n: Any) -> Any:
+    """out = a + b over n float32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        a, b, out, n = args
+
+        def piece(i: Any, mask: Any) -> None:
+            _store(e, builder.fadd(_load(e, a, i, mask), _load(e, b, i, mask)), out, i, mask)
+
+        _emit_pieces(e, n, piece)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def _copy(typingctx: Any, source: Any, out: Any, n: Any) -> Any:
+    """n float32 from source to out."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        source, out, n = args
+        _emit_pieces(e, n, lambda i, mask: _store(e, _load(e, source, i, mask), out, i, mask))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), codegen
+
+
+@intrinsic
+def _to_bf16(typingctx: Any, source: Any, out: Any) -> Any:
+    """One float32 at source to bf16 bits at out, rounded to nearest even (finite values)."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        bits = e.load(I32, args[0])
+        odd = builder.and_(builder.lshr(bits, const(I32, 16)), const(I32, 1))
+        rounded = builder.add(builder.add(bits, const(I32, 0x7FFF)), odd)
+        e.store(builder.trunc(builder.lshr(rounded, const(I32, 16)), I16), args[1])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen
+
+
+@jit
+def add_rows(a, b, out, n):  # type: ignore[no-untyped-def]
+    """out = a + b over n float32 at these addresses."""
+    _add(a, b, out, n)
+
+
+@jit
+def split_rows(x, left, right, n_left, n_right, start, stop):  # type: ignore[no-untyped-def]
+    """Rows start .. stop-1 of x [n, n_left + n_right] into left [n, n_left], right [n, n_right]."""
+    for i in range(start, stop):
+        row = x + i * (n_left + n_right) * 4
+        _copy(row, left + i * n_left * 4, n_left)
+        _copy(row + n_left * 4, right + i * n_right * 4, n_right)
+
+
+@jit
+def store_rows(rows, out, is_bf16, d, position, start, stop):  # type: ignore[no-untyped-def]
+    """Rows start .. stop-1 of rows [T, d] become rows position + start .. of out [S, d]."""
+    for i in range(start, stop):
+        if is_bf16:
+            for j in range(d):
+                _to_bf16(rows + (i * d + j) * 4, out + ((position + i) * d + j) * 2)
+        else:
+            _copy(rows + i * d * 4, out + (position + i) * d * 4, d)
+
+
+@jit
+def zero_heads(out, n_tokens, n_heads, width, start, stop):  # type: ignore[no-untyped-def]
+    """out [T, H, width] float32 = 0 for the heads start .. stop-1."""
+    for t in range(n_tokens):
+        for i in range((stop - start) * width):
+            store_f32(out + ((t * n_heads + start) * width + i) * 4, 0.0)
