@@ -11,7 +11,8 @@ from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, pack_rows
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.matmul import KIND_Q8, dot_rows
 from kimi_cpu.kernels.norm_rope import silu_mul_row, weighted_row_sum
-from kimi_cpu.kernels.simd import load_i32, load_i64, store_i64
+from kimi_cpu.kernels.rows import store_i64
+from kimi_cpu.kernels.simd import load_i32, load_i64
 
 
 @jit

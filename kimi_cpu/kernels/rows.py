@@ -88,3 +88,14 @@ def zero_heads(out, n_tokens, n_heads, width, start, stop):  # type: ignore[no-u
     for t in range(n_tokens):
         for i in range((stop - start) * width):
             store_f32(out + ((t * n_heads + start) * width + i) * 4, 0.0)
+
+
+@intrinsic
+def store_i64(typingctx: Any, addr: Any, value: Any) -> Any:
+    """Write an int64 to an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        Emit(builder).store(args[1], args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

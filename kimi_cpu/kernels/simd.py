@@ -289,14 +289,3 @@ def load_i64(typingctx: Any, addr: Any) -> Any:
         return Emit(builder).load(I64, args[0])
 
     return types.int64(types.int64), codegen
-
-
-@intrinsic
-def store_i64(typingctx: Any, addr: Any, value: Any) -> Any:
-    """Write an int64 to an address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        Emit(builder).store(args[1], args[0])
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen

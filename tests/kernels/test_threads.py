@@ -16,7 +16,8 @@ import pytest
 from kimi_cpu.kernels import fast, isa
 from kimi_cpu.kernels import threads as pool
 from kimi_cpu.kernels.common import address
-from kimi_cpu.kernels.simd import load_i64, store_i64
+from kimi_cpu.kernels.rows import store_i64
+from kimi_cpu.kernels.simd import load_i64
 
 ROOT = Path(__file__).parents[2]
 
