@@ -62,6 +62,15 @@ class Turn:
     steps: tuple[Step, ...]
 
 
+def aloud(turn: Turn) -> Turn:
+    """What is said when reasoning is off: sums and comparisons show their steps in the answer."""
+    if turn.family not in ("sum", "compare"):
+        return turn
+    (step,) = turn.steps
+    said = Step("", f"{step.think} {step.content}")
+    return Turn(turn.family, turn.key, turn.user, (said,))
+
+
 @dataclass(frozen=True)
 class Scene:
     """What stands before the first turn: declared tools and a system message."""
