@@ -22,6 +22,7 @@ VERBS = {
     "chat": ("kimi_cpu.cli.chat", "Talk with a model; conversations are kept."),
     "run": ("kimi_cpu.cli.run", "Answer one prompt and exit."),
     "inspect": ("kimi_cpu.cli.inspect", "Show what a model folder holds and needs."),
+    "bench": ("kimi_cpu.cli.bench", "Measure tokens a second beside what memory allows."),
 }
 
 BROKEN_PIPE = 1
