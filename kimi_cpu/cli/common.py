@@ -139,6 +139,11 @@ def model_folder(named: str | None) -> Path:
             "It must hold config.json, safetensors and the tokenizer. "
             "Without --model the embedded nano model is used.",
         )
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"{source} names a folder without config.json: {folder}",
+            "Name the folder of a model in Hugging Face's layout.",
+        )
     return folder
 
 
@@ -149,6 +154,7 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
     status = Status()
     status.show("loading ...")
     try:
+        from kimi_cpu.chat.generate import check_tokenizer
         from kimi_cpu.chat.template import ChatTemplate
         from kimi_cpu.tokenizer import Tokenizer
 
@@ -161,6 +167,7 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
             status.clear()
             note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
         engine = Engine.load(folder, precision=precision, threads=threads)  # type: ignore[arg-type]
+        check_tokenizer(tokenizer, engine.config)
     finally:
         status.clear()
     return Loaded(folder, engine, engine.session(), tokenizer, template)
@@ -207,7 +214,8 @@ def sampling_params(
     except UsageError as error:
         name = error.message.split(" ")[0]
         option = {"temperature": "--temp"}.get(name, "--" + name.replace("_", "-"))
-        raise UsageError(error.message.replace(name, option, 1), error.hint) from None
+        message, hint = (text.replace(name, option, 1) for text in (error.message, error.hint))
+        raise UsageError(message, hint) from None
 
 
 def _recommended(folder: Path) -> dict[str, Any]:
@@ -230,8 +238,8 @@ def _recommended(folder: Path) -> dict[str, Any]:
 
 
 def declared_tools(path: str | None) -> Tools:
-    """The tools of `--tools FILE`."""
-    if path is None:
+    """The tools of `--tools FILE`; none for `--tools none`."""
+    if path is None or path == "none":
         return []
     from kimi_cpu.chat.tools import load_tools
 
@@ -248,18 +256,14 @@ def reply_events(
 ) -> Iterator[Event | Result]:
     """`generate` on a conversation, with a status line until the first event.
 
-    warmup: it may be using the session, and gives it back first.
+    warmup: it may be using the session, and gives it back first; if `cancelled` becomes true
+        before it does, there are no events, not even a Result.
     """
     from kimi_cpu.chat.generate import generate
 
     thinking = False if params.thinking_budget == 0 else None
     prompt, next_call_index = model.prompt(messages, tools, thinking=thinking)
     status = Status()
-    if warmup is not None:
-        status.show("getting ready ...")
-        warmup.finish(prompt)
-    todo = len(prompt) - model.session.common_prefix(prompt)
-    status.show(f"reading {todo:,} tokens ...")
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
@@ -267,19 +271,25 @@ def reply_events(
             left = (time.perf_counter() - started) / done * (total - done)
             status.show(f"reading {done:,} of {total:,} tokens ... {left:.0f} s left")
 
-    events = generate(
-        model.session,
-        model.tokenizer,
-        prompt,
-        params,
-        allow_tools=bool(tools),
-        next_call_index=next_call_index,
-        eos_token_ids=model.engine.config.eos_token_ids,
-        cancelled=cancelled,
-        progress=progress,
-    )
     try:
-        for event in events:
+        if warmup is not None:
+            status.show("getting ready ...")
+            if not warmup.finish(prompt, cancelled):
+                return
+        todo = len(prompt) - model.session.common_prefix(prompt)
+        status.show(f"reading {todo:,} tokens ...")
+        started = time.perf_counter()
+        for event in generate(
+            model.session,
+            model.tokenizer,
+            prompt,
+            params,
+            allow_tools=bool(tools),
+            next_call_index=next_call_index,
+            eos_token_ids=model.engine.config.eos_token_ids,
+            cancelled=cancelled,
+            progress=progress,
+        ):
             status.clear()
             yield event
     finally:
@@ -324,8 +334,12 @@ def call_line(call: dict[str, Any], result: str | None = None) -> str:
 
 
 def read_stdin() -> str:
-    """All of standard input as text; bytes that are not UTF-8 become U+FFFD."""
-    return sys.stdin.buffer.read().decode("utf-8", "replace")
+    """All of standard input as text, lines ending in newlines only.
+
+    Bytes that are not UTF-8 become U+FFFD, a byte order mark goes.
+    """
+    text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    return text.replace("\r\n", "\n")
 
 
 def with_system(system: str | None, messages: Sequence[dict[str, Any]]) -> Messages:
