@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kimi_cpu.cli.terminal import Status, note
-from kimi_cpu.errors import CheckpointError, UsageError
+from kimi_cpu.errors import CheckpointError, TemplateError, UsageError
 
 if TYPE_CHECKING:
     from kimi_cpu.chat.generate import Result
@@ -100,6 +100,11 @@ class Loaded:
         segments = self.template.render_segments(
             checked.messages, checked.tools, reply, thinking=thinking
         )
+        if reply and not any(segment.is_control for segment in segments):
+            raise TemplateError(
+                f"{self.template.name}: writes none of the tokenizer's control tokens",
+                "The template and the tokenizer files must be of the same checkpoint.",
+            )
         return encode_segments(self.tokenizer, segments), checked.next_call_index
 
 
@@ -163,13 +168,12 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
         from kimi_cpu.engine import Engine
         from kimi_cpu.kernels import isa
 
-        if not isa.is_cached():
-            status.clear()
-            note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
         engine = Engine.load(folder, precision=precision, threads=threads)  # type: ignore[arg-type]
         check_tokenizer(tokenizer, engine.config)
     finally:
         status.clear()
+    if not isa.is_cached():
+        note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
     return Loaded(folder, engine, engine.session(), tokenizer, template)
 
 
@@ -219,21 +223,23 @@ def sampling_params(
 
 
 def _recommended(folder: Path) -> dict[str, Any]:
+    """The checkpoint's own sampling parameters. CheckpointError when they are unusable."""
+    from kimi_cpu.config.reader import load_json_object
+    from kimi_cpu.sampling import SamplingParams
+
     path = folder / GENERATION_CONFIG
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error})", "Take the file from the model's repository again."
-        ) from None
-    if not isinstance(config, dict):
-        return {}
+    hint = "Take the file from the model's repository again, or remove it."
+    config = load_json_object(path, CheckpointError, hint)
     names = ("temperature", "top_p", "top_k", "min_p")
     values = {name: config[name] for name in names if config.get(name) is not None}
     if config.get("do_sample") is False:
         values["temperature"] = 0.0
+    try:
+        SamplingParams(**values)
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error.message}", hint) from None
     return values
 
 

@@ -83,9 +83,10 @@ def test_recommended_sampling(folder, kimi):
         path.write_text('{"temperature": 0.3, "top_k": 7}')
         params = common.sampling_params(folder, top_k=3)
         assert (params.temperature, params.top_k) == (0.3, 3)
-        path.write_text("{")
-        with pytest.raises(CheckpointError, match="generation_config"):
-            common.sampling_params(folder)
+        for text in ("{", "[]", '{"temperature": "hot"}', '{"top_p": 7}'):
+            path.write_text(text)
+            with pytest.raises(CheckpointError, match="generation_config"):
+                common.sampling_params(folder)
     finally:
         path.unlink()
 
@@ -123,6 +124,17 @@ def test_hints_name_the_options(kimi):
 
 def test_tools_none_declares_none(kimi):
     assert kimi("run", "--temp", "0", "--tools", "none", "x")[1] == "You said **x**.\n"
+
+
+def test_a_template_of_another_model(kimi, folder):
+    path = folder / "chat_template.jinja"
+    source = path.read_text()
+    try:
+        path.write_text("{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}")
+        code, _, err = kimi("run", "x")
+    finally:
+        path.write_text(source)
+    assert code == 1 and "writes none of the tokenizer's control tokens" in err and str(path) in err
 
 
 def test_threads_are_checked(folder):
