@@ -21,8 +21,8 @@ from numba.core import types
 from kimi_cpu import hardware
 from kimi_cpu.kernels import fast, isa
 from kimi_cpu.kernels.common import ExpertTable, address
-from kimi_cpu.kernels.simd import I32, Emit, I32x16, const, intrinsic
-from kimi_cpu.kernels.threads import run
+from kimi_cpu.kernels.simd import I32, Emit, I32x16, const, intrinsic, store_i32
+from kimi_cpu.kernels.threads import load_args, op_of, run
 from kimi_cpu.quant import Int4Weight
 
 HIDDEN, WIDTH, HEADS, RANK, ROPE = 7168, 2048, 64, 512, 64
@@ -52,12 +52,15 @@ def _read(typingctx: Any, addr: Any, n_bytes: Any) -> Any:
 
 
 @isa.jit
-def read_range(addr, block_bytes, start, stop):  # type: ignore[no-untyped-def]
-    """Read the blocks start .. stop-1; the result keeps the compiler from leaving it out."""
-    total = 0
+def read_range(addr, block_bytes, sink, start, stop):  # type: ignore[no-untyped-def]
+    """Read the blocks start .. stop-1; storing keeps the compiler from leaving it out."""
     for block in range(start, stop):
-        total += _read(addr + block * block_bytes, block_bytes)
-    return total
+        store_i32(sink, _read(addr + block * block_bytes, block_bytes))
+
+
+@op_of(read_range)
+def read_op(args, start, stop):  # type: ignore[no-untyped-def]
+    read_range(*load_args(args, 3), start, stop)
 
 
 class Bench:
@@ -67,6 +70,7 @@ class Bench:
         self.threads = threads
         rng = self.rng = np.random.default_rng(0)
         d, i = HIDDEN, WIDTH
+        self.sink = np.zeros(1, np.int32)
         nibbles, scales = d * i // 2, d * i // 32
         self.packed = np.resize(
             rng.integers(0, 256, 100_000_007, dtype=np.uint8), 3 * N_EXPERTS * nibbles
@@ -92,7 +96,15 @@ class Bench:
     def read(self) -> float:
         block = 8 << 20
         n = self.packed.nbytes // block
-        run(read_range, (address(self.packed), block), (), n, 1, self.threads, 1 << 40)
+        run(
+            read_range,
+            (address(self.packed), block, address(self.sink)),
+            (),
+            n,
+            1,
+            self.threads,
+            1 << 40,
+        )
         return n * block / 1e9
 
     def gemv_q8(self, down: bool) -> float:

@@ -183,8 +183,8 @@ class Model:
             h = self._rmsnorm(x, layer.input_layernorm)
             x = k.add(x, self._attention(i, h, inputs, cache))
             h = self._rmsnorm(x, layer.post_attention_layernorm)
-            is_moe = isinstance(layer.mlp, MoEWeights)
-            x = k.add(x, self._moe(layer.mlp, h) if is_moe else self._mlp(layer.mlp, h))
+            mlp = layer.mlp
+            x = k.add(x, self._moe(mlp, h) if isinstance(mlp, MoEWeights) else self._mlp(mlp, h))
         if not all_logits:
             x = x[-1:]
         return self._linear(self._rmsnorm(x, self.norm), self.lm_head)

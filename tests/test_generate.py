@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kimi_cpu.chat.generate import Result, StopMatcher, generate
+from kimi_cpu.chat.generate import Result, StopMatcher, check_tokenizer, generate
 from kimi_cpu.chat.parser import Content, Reasoning, ToolCallEnd, ToolCallStart
-from kimi_cpu.errors import ContextError
+from kimi_cpu.errors import ContextError, TokenizerError
 from kimi_cpu.sampling import SamplingParams
 from kimi_cpu.tokenizer import Tokenizer
 from tests.cli.fake import CONTROL, FakeSession, call, spelt
@@ -33,6 +35,29 @@ def run(tokenizer, reply, params=GREEDY, prompt="hi", session=None, **kw):
     assert (result.message["content"] or "") == text
     assert result.message.get("reasoning_content", "") == reasoning
     return result, events, session
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "eos", "names", "message"),
+    [
+        (512, (258,), CONTROL, ""),
+        (767, (), CONTROL, ""),  # rows of padding
+        (511, (), CONTROL, "has 512 ids, config.json says vocab_size = 511"),
+        (163840, (), CONTROL, "has 512 ids, config.json says vocab_size = 163,840"),
+        (512, (65,), CONTROL, "eos_token_id 65 is the text 'A'"),
+        (512, (), [n for n in CONTROL if n != "<|im_user|>"], "no control token '<|im_user|>'"),
+    ],
+)
+def test_a_tokenizer_of_another_checkpoint_is_refused(vocab_size, eos, names, message):
+    ranks = {bytes([b]): b for b in range(256)}
+    tokenizer = Tokenizer(ranks, {256 + n: name for n, name in enumerate(names)})
+    config = SimpleNamespace(vocab_size=vocab_size, eos_token_ids=eos)
+    if not message:
+        check_tokenizer(tokenizer, config)
+        return
+    with pytest.raises(TokenizerError) as caught:
+        check_tokenizer(tokenizer, config)
+    assert message in caught.value.message and "same checkpoint" in caught.value.hint
 
 
 def test_reasoning_and_content(tokenizer):

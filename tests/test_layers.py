@@ -26,6 +26,7 @@ LAYERS = [
     ("tokenizer", 2),
     ("engine", 3),
     ("chat", 3),
+    ("benchmark", 3),
     ("cli", 4),
     ("__main__", 4),
     ("__init__", 4),

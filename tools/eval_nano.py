@@ -26,7 +26,7 @@ from kimi_cpu.chat.template import ChatTemplate, encode_segments
 from kimi_cpu.engine import Engine
 from kimi_cpu.sampling import SamplingParams
 from kimi_cpu.tokenizer import Tokenizer
-from nano.dialogues import Step, Turn
+from nano.dialogues import Step, Turn, aloud
 from nano.problems import FAMILIES, Problem, problems
 
 MODES = {"answer": (False, True), "second": (True, True), "no_think": (False, False)}
@@ -99,7 +99,7 @@ def calls_made(message: dict[str, Any]) -> list[tuple[str, str]]:
 
 def solve(model: Model, problem: Problem, thinking: bool) -> tuple[bool, bool, str]:
     """Exact answer, exact reply, and what was said."""
-    scene, turn = problem.scene, problem.turn
+    scene, turn = problem.scene, problem.turn if thinking else aloud(problem.turn)
     messages: list[dict[str, Any]] = []
     if scene.system:
         messages.append({"role": "system", "content": scene.system})

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kimi_cpu.chat.parser import Content, Event, StreamParser, ToolCallStart
-from kimi_cpu.errors import ContextError
+from kimi_cpu.config import ModelConfig
+from kimi_cpu.errors import ContextError, TokenizerError
 from kimi_cpu.sampling import Sampler, SamplingParams
 from kimi_cpu.tokenizer import Tokenizer
 
@@ -38,6 +39,10 @@ TOOL_TOKENS = (
     "<|tool_call_end|>",
 )
 END_TOKENS = ("<|im_end|>", "[EOS]")
+TURN_TOKENS = ("<|im_user|>", "<|im_assistant|>", "<|im_system|>", "<|im_middle|>", "<|im_end|>")
+
+#: A vocabulary may have rows without a token, up to a multiple of 256.
+MAX_PADDING = 255
 
 FinishReason = Literal["stop", "length", "tool_calls", "cancelled"]
 
@@ -127,6 +132,31 @@ def _overlap(text: str, stop: str) -> int:
         if text.endswith(stop[:n]):
             return n
     return 0
+
+
+def check_tokenizer(tokenizer: Tokenizer, config: ModelConfig) -> None:
+    """Raise TokenizerError unless the tokenizer may be the one that the model was trained with.
+
+    With another one the model would read and write nonsense, without any other error.
+    """
+    hint = "The tokenizer files and the weights must be of the same checkpoint."
+    spare = config.vocab_size - tokenizer.n_vocab
+    if not 0 <= spare <= MAX_PADDING:
+        raise TokenizerError(
+            f"the tokenizer has {tokenizer.n_vocab:,} ids, config.json says vocab_size = "
+            f"{config.vocab_size:,}",
+            hint,
+        )
+    for name in TURN_TOKENS:
+        if name not in tokenizer.special_tokens:
+            raise TokenizerError(f"the tokenizer has no control token {name!r}", hint)
+    for token in config.eos_token_ids:
+        if not tokenizer.is_control(token):
+            text = tokenizer.decode([token])
+            raise TokenizerError(
+                f"eos_token_id {token} is the text {text!r} in the tokenizer, no control token",
+                hint,
+            )
 
 
 def supports_thinking(tokenizer: Tokenizer) -> bool:

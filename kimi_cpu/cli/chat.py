@@ -44,7 +44,7 @@ def command(
     **sampling: Any,
 ) -> None:
     """Talk with a model; conversations are kept."""
-    declared = [] if tools == "none" else common.declared_tools(tools)
+    declared = common.declared_tools(tools)
     store = ConversationStore()
     conversation = store.newest() if resume else None
     if resume and conversation is None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kimi_cpu.cli.terminal import Status, note
-from kimi_cpu.errors import CheckpointError, UsageError
+from kimi_cpu.errors import CheckpointError, TemplateError, UsageError
 
 if TYPE_CHECKING:
     from kimi_cpu.chat.generate import Result
@@ -100,6 +100,11 @@ class Loaded:
         segments = self.template.render_segments(
             checked.messages, checked.tools, reply, thinking=thinking
         )
+        if reply and not any(segment.is_control for segment in segments):
+            raise TemplateError(
+                f"{self.template.name}: writes none of the tokenizer's control tokens",
+                "The template and the tokenizer files must be of the same checkpoint.",
+            )
         return encode_segments(self.tokenizer, segments), checked.next_call_index
 
 
@@ -139,6 +144,11 @@ def model_folder(named: str | None) -> Path:
             "It must hold config.json, safetensors and the tokenizer. "
             "Without --model the embedded nano model is used.",
         )
+    if not (folder / "config.json").exists():
+        raise UsageError(
+            f"{source} names a folder without config.json: {folder}",
+            "Name the folder of a model in Hugging Face's layout.",
+        )
     return folder
 
 
@@ -149,6 +159,7 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
     status = Status()
     status.show("loading ...")
     try:
+        from kimi_cpu.chat.generate import check_tokenizer
         from kimi_cpu.chat.template import ChatTemplate
         from kimi_cpu.tokenizer import Tokenizer
 
@@ -157,12 +168,12 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
         from kimi_cpu.engine import Engine
         from kimi_cpu.kernels import isa
 
-        if not isa.is_cached():
-            status.clear()
-            note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
         engine = Engine.load(folder, precision=precision, threads=threads)  # type: ignore[arg-type]
+        check_tokenizer(tokenizer, engine.config)
     finally:
         status.clear()
+    if not isa.is_cached():
+        note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
     return Loaded(folder, engine, engine.session(), tokenizer, template)
 
 
@@ -207,31 +218,34 @@ def sampling_params(
     except UsageError as error:
         name = error.message.split(" ")[0]
         option = {"temperature": "--temp"}.get(name, "--" + name.replace("_", "-"))
-        raise UsageError(error.message.replace(name, option, 1), error.hint) from None
+        message, hint = (text.replace(name, option, 1) for text in (error.message, error.hint))
+        raise UsageError(message, hint) from None
 
 
 def _recommended(folder: Path) -> dict[str, Any]:
+    """The checkpoint's own sampling parameters. CheckpointError when they are unusable."""
+    from kimi_cpu.config.reader import load_json_object
+    from kimi_cpu.sampling import SamplingParams
+
     path = folder / GENERATION_CONFIG
-    try:
-        config = json.loads(path.read_bytes())
-    except FileNotFoundError:
+    if not path.exists():
         return {}
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path}: cannot be read ({error})", "Take the file from the model's repository again."
-        ) from None
-    if not isinstance(config, dict):
-        return {}
+    hint = "Take the file from the model's repository again, or remove it."
+    config = load_json_object(path, CheckpointError, hint)
     names = ("temperature", "top_p", "top_k", "min_p")
     values = {name: config[name] for name in names if config.get(name) is not None}
     if config.get("do_sample") is False:
         values["temperature"] = 0.0
+    try:
+        SamplingParams(**values)
+    except UsageError as error:
+        raise CheckpointError(f"{path}: {error.message}", hint) from None
     return values
 
 
 def declared_tools(path: str | None) -> Tools:
-    """The tools of `--tools FILE`."""
-    if path is None:
+    """The tools of `--tools FILE`; none for `--tools none`."""
+    if path is None or path == "none":
         return []
     from kimi_cpu.chat.tools import load_tools
 
@@ -248,18 +262,14 @@ def reply_events(
 ) -> Iterator[Event | Result]:
     """`generate` on a conversation, with a status line until the first event.
 
-    warmup: it may be using the session, and gives it back first.
+    warmup: it may be using the session, and gives it back first; if `cancelled` becomes true
+        before it does, there are no events, not even a Result.
     """
     from kimi_cpu.chat.generate import generate
 
     thinking = False if params.thinking_budget == 0 else None
     prompt, next_call_index = model.prompt(messages, tools, thinking=thinking)
     status = Status()
-    if warmup is not None:
-        status.show("getting ready ...")
-        warmup.finish(prompt)
-    todo = len(prompt) - model.session.common_prefix(prompt)
-    status.show(f"reading {todo:,} tokens ...")
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
@@ -267,19 +277,25 @@ def reply_events(
             left = (time.perf_counter() - started) / done * (total - done)
             status.show(f"reading {done:,} of {total:,} tokens ... {left:.0f} s left")
 
-    events = generate(
-        model.session,
-        model.tokenizer,
-        prompt,
-        params,
-        allow_tools=bool(tools),
-        next_call_index=next_call_index,
-        eos_token_ids=model.engine.config.eos_token_ids,
-        cancelled=cancelled,
-        progress=progress,
-    )
     try:
-        for event in events:
+        if warmup is not None:
+            status.show("getting ready ...")
+            if not warmup.finish(prompt, cancelled):
+                return
+        todo = len(prompt) - model.session.common_prefix(prompt)
+        status.show(f"reading {todo:,} tokens ...")
+        started = time.perf_counter()
+        for event in generate(
+            model.session,
+            model.tokenizer,
+            prompt,
+            params,
+            allow_tools=bool(tools),
+            next_call_index=next_call_index,
+            eos_token_ids=model.engine.config.eos_token_ids,
+            cancelled=cancelled,
+            progress=progress,
+        ):
             status.clear()
             yield event
     finally:
@@ -324,8 +340,12 @@ def call_line(call: dict[str, Any], result: str | None = None) -> str:
 
 
 def read_stdin() -> str:
-    """All of standard input as text; bytes that are not UTF-8 become U+FFFD."""
-    return sys.stdin.buffer.read().decode("utf-8", "replace")
+    """All of standard input as text, lines ending in newlines only.
+
+    Bytes that are not UTF-8 become U+FFFD, a byte order mark goes.
+    """
+    text = sys.stdin.buffer.read().decode("utf-8-sig", "replace")
+    return text.replace("\r\n", "\n")
 
 
 def with_system(system: str | None, messages: Sequence[dict[str, Any]]) -> Messages:

@@ -175,7 +175,7 @@ def _read(path: Path) -> Conversation:
     def damaged(why: str) -> UserError:
         return UserError(
             f"{path}: the conversation is damaged ({why})",
-            "The file is kept as it is: repair it or move it away; /new starts afresh.",
+            "The file is kept as it is: repair it or move it away.",
         )
 
     try:

@@ -5,6 +5,7 @@ The verbs' modules are imported when they are called, so that `kimi-cpu --help` 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import os
@@ -22,6 +23,7 @@ VERBS = {
     "chat": ("kimi_cpu.cli.chat", "Talk with a model; conversations are kept."),
     "run": ("kimi_cpu.cli.run", "Answer one prompt and exit."),
     "inspect": ("kimi_cpu.cli.inspect", "Show what a model folder holds and needs."),
+    "bench": ("kimi_cpu.cli.bench", "Measure tokens a second beside what memory allows."),
 }
 
 BROKEN_PIPE = 1
@@ -58,6 +60,8 @@ class Verbs(click.Group):
 
 @click.group(
     cls=Verbs,
+    invoke_without_command=True,
+    subcommand_metavar="COMMAND [ARGS]...",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Start with:
@@ -68,8 +72,11 @@ KIMI_CPU_MODEL names a default model folder, KIMI_CPU_HOME where conversations a
 NO_COLOR turns colours off.""",
 )
 @click.version_option(__version__, prog_name="kimi-cpu")
-def cli() -> None:
+@click.pass_context
+def cli(ctx: click.Context) -> None:
     """Kimi K2 Thinking, and small models of its architecture, on the CPU you have."""
+    if ctx.invoked_subcommand is None:
+        click.echo(ctx.get_help())
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -77,9 +84,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     0 done, 1 an error, 2 wrong usage, 130 interrupted.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal that cannot show a character shows `?`
-            stream.reconfigure(errors="replace")
+    _prepare_streams()
     if os.name == "nt":
         os.system("")  # switches escape sequences on in old consoles
     try:
@@ -92,14 +97,12 @@ def main(args: Sequence[str] | None = None) -> int:
     except UserError as error:
         _report(error.message, error.hint)
         return error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        print(file=sys.stderr)
+    except (click.Abort, KeyboardInterrupt):  # Ctrl-C; click has begun a new line
         return INTERRUPTED
     except SystemExit:  # click met a broken pipe, made stdout quiet and exits
         return BROKEN_PIPE
-    except BrokenPipeError:
-        # The reader left (`| head`): quiet, also at interpreter exit, where stdout is flushed.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader left (`| head`)
+        _silence_stdout()
         return BROKEN_PIPE
     except Exception as error:
         if os.environ.get("KIMI_CPU_DEBUG"):
@@ -107,6 +110,10 @@ def main(args: Sequence[str] | None = None) -> int:
         kind = type(error).__name__
         if isinstance(error, MemoryError):
             _report("out of memory", "Close other programs, or shorten the conversation.")
+        elif isinstance(error, OSError):
+            _silence_stdout()
+            where = f"{error.filename}: " if error.filename else ""
+            _report(f"{where}{error.strerror or error}", "Is the disk full, or a file not yours?")
         else:
             text = " ".join(str(error).split())[:300]
             _report(
@@ -114,6 +121,22 @@ def main(args: Sequence[str] | None = None) -> int:
                 "This is a bug. KIMI_CPU_DEBUG=1 shows the traceback to report.",
             )
         return 1
+
+
+def _prepare_streams() -> None:
+    """Streams that can take any text: a closed one is replaced by the null device."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
+        elif hasattr(stream, "reconfigure"):  # what a terminal cannot show becomes `?`
+            stream.reconfigure(errors="replace")
+
+
+def _silence_stdout() -> None:
+    """Writing failed: keep the interpreter from trying again when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_hint(error: click.ClickException) -> str:

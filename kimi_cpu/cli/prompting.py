@@ -55,6 +55,8 @@ class LineSource:
             sys.stderr.flush()
         line = sys.stdin.readline()
         if not line:
+            if self.interactive:  # Ctrl-D leaves the cursor behind the prompt
+                sys.stderr.write("\n")
             raise EOFError
         return line.rstrip("\r\n")
 

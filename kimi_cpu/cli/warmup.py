@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -30,23 +30,30 @@ class Warmup:
         self._ids: list[int] = []
 
     def start(self, ids: Sequence[int]) -> None:
-        """Begin to compute `ids`."""
-        self.finish(())
-        if not ids:
+        """Begin to compute `ids`, unless a computation that was left is still going on."""
+        if not ids or (self._thread is not None and self._thread.is_alive()):
             return
         self._ids = list(ids)
         self._stop.clear()
         self._thread = threading.Thread(target=self._run, daemon=True, name="warmup")
         self._thread.start()
 
-    def finish(self, prompt: Sequence[int]) -> None:
-        """Give the session back: done if it is a beginning of `prompt`, else broken off soon."""
+    def finish(self, prompt: Sequence[int], cancelled: Callable[[], bool]) -> bool:
+        """Give the session back: done if it is a beginning of `prompt`, else broken off soon.
+
+        False when `cancelled` became true before that: the session is still in use.
+        """
         if self._thread is None:
-            return
+            return True
         if list(prompt[: len(self._ids)]) != self._ids:
             self._stop.set()
-        self._thread.join()
+        while self._thread.is_alive():
+            self._thread.join(0.1)
+            if cancelled():
+                self._stop.set()
+                return False
         self._thread = None
+        return True
 
     def abandon(self) -> bool:
         """Break off without waiting for long; False when native code is still running."""

@@ -1,256 +1,347 @@
-"""Causal attention with an online softmax over blocks of cache rows, and MLA's absorbed matrices.
+"""Causal attention with an online softmax over blocks of cache rows.
 
-One inner loop serves decode (queries are the heads of a token, keys and values the latents
-themselves) and prefill (queries are the tokens of a head). A block of BLOCK_ROWS keys is copied
-to float32, padded to whole vectors, and shared by all the queries at hand; nothing of size
-T x S exists. Block borders lie at fixed rows, so a query's result does not depend on which
-other queries are computed with it.
+Decode: the queries are the heads of the tokens, keys and values the latents themselves, shared by
+all heads. The rows are cut into splits of SPLIT_ROWS at fixed places, so that threads share a long
+context; an item (a group of queries, a split) leaves unnormalised sums, which are then merged.
+Prefill: the queries are the tokens of one head. Nothing of size T x S exists. Borders of blocks and
+splits lie at fixed rows, so a query's result depends neither on the queries that are computed with
+it nor on the number of threads.
+
+`scratch` is the address of work space for up to `slots` ranges at a time: `slots` cells of 64
+bytes, zero in the beginning, and then `slots` areas. Addresses should be multiples of 64.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import math
 
 import numpy as np
-from numba.core import types
 
-from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
-from kimi_cpu.kernels.dense import axpy_tile, load_weights
-from kimi_cpu.kernels.isa import jit
-from kimi_cpu.kernels.matmul import TILE_ROWS, TILE_TOKENS, dot_tile
-from kimi_cpu.kernels.simd import (
-    FLOAT,
-    I32,
-    LANES,
-    Emit,
-    F32x16,
-    const,
-    intrinsic,
-    load_f32,
-    store_f32,
+from kimi_cpu.kernels.attention_tile import (
+    BLOCK_ROWS,
+    FORM_BF16,
+    FORM_F32,
+    LANE_GROUP,
+    PANEL,
+    ROW_STEP,
+    TILE,
+    exchange,
+    fill,
+    pack_queries,
+    pack_rows_bf16,
+    pack_rows_f32,
+    scale_to,
+    scores_tile,
+    softmax_block,
+    values_tile,
 )
+from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
+from kimi_cpu.kernels.isa import jit
+from kimi_cpu.kernels.simd import load_f32, load_i32, store_i32
 
-BLOCK_ROWS = 64
-#: Queries of one head that share a block of keys in prefill.
-QUERY_BLOCK = 64
+#: Rows of the cache that one item of decode attention covers; a multiple of BLOCK_ROWS.
+SPLIT_ROWS = 1024
+#: Queries of a head that share packed keys and values in prefill.
+QUERY_BLOCK = 8 * LANE_GROUP
 
-
-@intrinsic
-def _copy_f32(typingctx: Any, source: Any, is_bf16: Any, out: Any, n: Any, factor: Any) -> Any:
-    """n values (bf16 bits or float32) times factor, as float32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e, b = Emit(builder), builder
-        source, is_bf16, out, n, factor = args
-        factors = e.splat(factor)
-        main = b.mul(b.sdiv(n, e.i64(LANES)), e.i64(LANES))
-
-        def copy(kind: int, size: int) -> None:
-            with e.loop(0, main, LANES) as i:
-                v = load_weights(e, kind, e.add(source, e.mul(i, size)))
-                e.store(b.fmul(v, factors), e.add(out, e.mul(i, 4)))
-            mask = e.lanes_below(b.sub(n, main))
-            v = load_weights(e, kind, e.add(source, e.mul(main, size)), mask)
-            e.store_masked(b.fmul(v, factors), e.add(out, e.mul(main, 4)), mask)
-
-        with b.if_else(b.icmp_signed("!=", is_bf16, e.i64(0))) as (bf16, f32):
-            with bf16:
-                copy(KIND_BF16, 2)
-            with f32:
-                copy(KIND_F32, 4)
-        return context.get_dummy_value()
-
-    i64 = types.int64
-    return types.void(i64, i64, i64, i64, types.float32), codegen
+#: Bytes of scratch that say whether a slot is in use.
+SLOT_CELL = 64
 
 
-@intrinsic
-def _softmax_block(
-    typingctx: Any, scores: Any, visible: Any, largest: Any, total: Any, alpha: Any
-) -> Any:
-    """One block of an online softmax, in place: scores[i] becomes exp(scores[i] - m).
+def _panels(n: int) -> int:
+    return -(-n // PANEL)
 
-    m is the largest score so far; lanes from `visible` (> 0) on become 0. largest, total and
-    alpha are addresses of a float32 each: the running maximum and sum, and the factor by which
-    everything before this block must be scaled.
-    """
 
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e, b = Emit(builder), builder
-        scores, visible, largest, total, alpha = args
-        low = const(F32x16, float("-inf"))
-        masks = [e.lanes_below(b.sub(visible, e.i64(i))) for i in range(0, BLOCK_ROWS, LANES)]
-        s = [e.select(m, e.load(F32x16, scores, 64 * i), low) for i, m in enumerate(masks)]
-        block_max = s[0]
-        for v in s[1:]:
-            block_max = e.maximum(block_max, v)
-        before = e.load(FLOAT, largest)
-        new = e.maximum(before, e.max(block_max))
-        zero = const(F32x16, 0.0)
-        p = [
-            e.select(m, e.exp(b.fsub(v, e.splat(new))), zero) for m, v in zip(masks, s, strict=True)
-        ]
-        p_sum = p[0]
-        for i, v in enumerate(p):
-            e.store(v, scores, 64 * i)
-            p_sum = b.fadd(p_sum, v) if i else v
-        factor = b.extract_element(e.exp(e.splat(b.fsub(before, new))), const(I32, 0))
-        factor = b.select(b.fcmp_ordered(">", before, const(FLOAT, float("-inf"))), factor,
-                          const(FLOAT, 0.0))  # fmt: skip
-        e.store(new, largest)
-        e.store(factor, alpha)
-        e.store(b.fadd(b.fmul(e.load(FLOAT, total), factor), e.sum(p_sum)), total)
-        return context.get_dummy_value()
+def query_bytes(form: int, key_dim: int, p_dim: int) -> int:
+    """Size of a group's transposed queries."""
+    size = 4 if form == FORM_F32 else 2
+    return (_panels(key_dim) + _panels(p_dim)) * PANEL * size * LANE_GROUP
 
-    return types.void(*[types.int64] * 5), codegen
+
+def state_bytes(v_dim: int) -> int:
+    """Size of a group's running maxima, sums, limits and weighted values."""
+    return (3 + _panels(v_dim) * PANEL) * LANE_GROUP * 4
+
+
+def _block_bytes(form: int, key_dim: int, p_dim: int, v_dim: int) -> int:
+    size = 4 if form == FORM_F32 else 2
+    panels = _panels(key_dim) + _panels(p_dim) + _panels(v_dim)
+    return BLOCK_ROWS * (panels * PANEL * size + LANE_GROUP * 4) + LANE_GROUP * 4
+
+
+def decode_scratch_bytes(form: int, rank: int, p_dim: int) -> int:
+    """Size of a slot of `decode_range`."""
+    return _block_bytes(form, rank, p_dim, rank)
+
+
+def prefill_scratch_bytes(form: int, n_dim: int, p_dim: int, v_dim: int) -> int:
+    """Size of a slot of `prefill_range`."""
+    groups = QUERY_BLOCK // LANE_GROUP
+    own = groups * (query_bytes(form, n_dim, p_dim) + state_bytes(v_dim))
+    return own + _block_bytes(form, n_dim, p_dim, v_dim)
+
+
+def decode_groups(n_tokens: int, n_heads: int) -> int:
+    """Groups of queries in a decode attention."""
+    return -(-n_tokens * n_heads // LANE_GROUP)
+
+
+def decode_splits(position: int, n_tokens: int) -> int:
+    """Splits of the rows 0 .. position + n_tokens - 1."""
+    return -(-(position + n_tokens) // SPLIT_ROWS)
+
+
+@jit
+def _claim(scratch, slots):  # type: ignore[no-untyped-def]
+    """Number of a slot that was free and now is not."""
+    slot = 0
+    while exchange(scratch + slot * SLOT_CELL, 1) != 0:
+        slot = slot + 1 if slot + 1 < slots else 0
+    return slot
+
+
+@jit
+def _start_group(  # type: ignore[no-untyped-def]
+    state, v_dim, first_query, n_queries, divisor, position
+):
+    """Nothing seen yet; query i sees the rows 0 .. position + i // divisor."""
+    fill(state, -np.inf, LANE_GROUP)
+    fill(state + LANE_GROUP * 4, 0.0, LANE_GROUP)
+    for lane in range(LANE_GROUP):
+        query = min(first_query + lane, n_queries - 1)
+        store_i32(state + (2 * LANE_GROUP + lane) * 4, position + 1 + query // divisor)
+    fill(state + 3 * LANE_GROUP * 4, 0.0, (v_dim + PANEL - 1) // PANEL * PANEL * LANE_GROUP)
 
 
 @jit
 def _attend(  # type: ignore[no-untyped-def]
-    q, q_stride, q_pe, q_pe_stride, n_queries, keys, key_stride, k_pe, k_pe_stride, is_bf16,
-    values, value_stride, out, out_stride, n_dim, p_dim, v_dim, limit, limit_step, scale,
+    form, queries, state, n_queries, keys, key_stride, k_pe, k_pe_stride, is_bf16, values,
+    value_stride, n_dim, p_dim, v_dim, row_start, row_stop, scratch,
 ):  # fmt: skip
-    """Attention of n_queries queries over one set of keys; query i sees limit + i * limit_step
-    rows. A query is n_dim float32 at q and p_dim at q_pe, a key likewise (bf16 bits if is_bf16).
-    values 0 means that the first v_dim key dimensions are the values. Addresses, strides in bytes.
+    """Add the rows row_start .. row_stop-1 to the groups of n_queries queries.
+
+    A key is n_dim numbers at keys and p_dim at k_pe, bf16 bits if is_bf16 (k_pe only, if there
+    are own values); values 0 means that the first v_dim key dimensions are the values. Strides in
+    bytes; form is FORM_F32 or FORM_BF16.
     """
-    padded = (n_dim + p_dim + LANES - 1) // LANES * LANES
-    query = np.zeros((n_queries, padded), np.float32)
-    key = np.zeros((BLOCK_ROWS, padded), np.float32)
-    scores = np.zeros((TILE_TOKENS, BLOCK_ROWS), np.float32)
-    state = np.zeros((2, n_queries), np.float32)  # running maximum and sum
-    alpha = np.zeros(TILE_TOKENS, np.float32)
-    iota = np.arange(max(n_queries, TILE_TOKENS))
-    query_at, key_at, scores_at = query.ctypes.data, key.ctypes.data, scores.ctypes.data
-    state_at, alpha_at, iota_at = state.ctypes.data, alpha.ctypes.data, iota.ctypes.data
-    for i in range(n_queries):
-        state[0, i] = -np.inf
-        _copy_f32(q + i * q_stride, 0, query_at + i * padded * 4, n_dim, scale)
-        _copy_f32(q_pe + i * q_pe_stride, 0, query_at + (i * padded + n_dim) * 4, p_dim, scale)
-        for v in range(v_dim):
-            store_f32(out + i * out_stride + v * 4, 0.0)
-    most = limit + (n_queries - 1) * limit_step
-    for first in range(0, most, BLOCK_ROWS):
-        n_rows = min(BLOCK_ROWS, most - first)
-        for r in range(n_rows):
-            at = key_at + r * padded * 4
-            _copy_f32(keys + (first + r) * key_stride, is_bf16, at, n_dim, 1.0)
-            _copy_f32(k_pe + (first + r) * k_pe_stride, is_bf16, at + n_dim * 4, p_dim, 1.0)
-        block_values = key_at if values == 0 else values + first * value_stride
-        block_value_stride = padded * 4 if values == 0 else value_stride
-        for i in range(0, n_queries, TILE_TOKENS):
-            n_tile = min(TILE_TOKENS, n_queries - i)
-            rows = min(n_rows, limit + (i + n_tile - 1) * limit_step - first)
-            if rows <= 0:
-                continue
-            for r in range(0, rows, TILE_ROWS):
-                dot_tile(
-                    TILE_ROWS, TILE_TOKENS, KIND_F32, query_at + i * padded * 4, padded * 4,
-                    iota_at, 0, n_tile - 1, scores_at, BLOCK_ROWS * 4, key_at, 0, r, 1, rows - 1,
-                    padded,
-                )  # fmt: skip
-            for c in range(n_tile):
-                visible = min(rows, limit + (i + c) * limit_step - first)
-                if visible > 0:
-                    _softmax_block(
-                        scores_at + c * BLOCK_ROWS * 4, visible, state_at + (i + c) * 4,
-                        state_at + (n_queries + i + c) * 4, alpha_at + c * 4,
-                    )  # fmt: skip
-                else:
-                    alpha[c] = 1.0
-                    for r in range(rows):
-                        scores[c, r] = 0.0
-            place = out + i * out_stride
-            if n_tile == TILE_TOKENS:
-                axpy_tile(
-                    KIND_F32, TILE_TOKENS, scores_at, BLOCK_ROWS * 4, rows, block_values,
-                    block_value_stride, v_dim, alpha_at, place, out_stride,
-                )  # fmt: skip
+    row_bytes = LANE_GROUP * 4
+    size = 4 if form == FORM_F32 else 2
+    n_panels = (n_dim + PANEL - 1) // PANEL
+    p_panels = (p_dim + PANEL - 1) // PANEL
+    v_panels = (v_dim + PANEL - 1) // PANEL
+    panel_bytes = BLOCK_ROWS * PANEL * size
+    group_bytes = (n_panels + p_panels) * PANEL * size // 4 * row_bytes
+    out_stride = v_panels * PANEL * 4
+    group_state = 3 * row_bytes + LANE_GROUP * out_stride
+    pe_at = scratch + n_panels * panel_bytes
+    own_values_at = pe_at + p_panels * panel_bytes
+    values_at = scratch if form == FORM_F32 and values == 0 else own_values_at
+    scores_at = own_values_at + v_panels * panel_bytes
+    alpha_at = scores_at + BLOCK_ROWS * row_bytes
+    keys_bf16 = is_bf16 and values == 0
+    for first in range(row_start, row_stop, BLOCK_ROWS):
+        n = min(BLOCK_ROWS, row_stop - first)
+        rows = (n + ROW_STEP - 1) // ROW_STEP * ROW_STEP
+        key, pe = keys + first * key_stride, k_pe + first * k_pe_stride
+        value = values + first * value_stride
+        if form == FORM_F32:
+            if keys_bf16:
+                pack_rows_f32(KIND_BF16, key, key_stride, n, rows, n_dim, scratch)
             else:
-                for c in range(n_tile):
-                    axpy_tile(
-                        KIND_F32, 1, scores_at + c * BLOCK_ROWS * 4, 0, rows, block_values,
-                        block_value_stride, v_dim, alpha_at + c * 4, place + c * out_stride, 0,
+                pack_rows_f32(KIND_F32, key, key_stride, n, rows, n_dim, scratch)
+            if is_bf16:
+                pack_rows_f32(KIND_BF16, pe, k_pe_stride, n, rows, p_dim, pe_at)
+            else:
+                pack_rows_f32(KIND_F32, pe, k_pe_stride, n, rows, p_dim, pe_at)
+            if values != 0:
+                pack_rows_f32(KIND_F32, value, value_stride, n, rows, v_dim, values_at)
+        else:
+            if keys_bf16:
+                pack_rows_bf16(KIND_BF16, key, key_stride, n, rows, n_dim, scratch, values_at)
+            else:
+                pack_rows_bf16(KIND_F32, key, key_stride, n, rows, n_dim, scratch, 0)
+                pack_rows_bf16(KIND_F32, value, value_stride, n, rows, v_dim, 0, values_at)
+            pack_rows_bf16(KIND_BF16, pe, k_pe_stride, n, rows, p_dim, pe_at, 0)
+        for first_query in range(0, n_queries, LANE_GROUP):
+            group = first_query // LANE_GROUP
+            query, m = queries + group * group_bytes, state + group * group_state
+            limits, out = m + 2 * row_bytes, m + 3 * row_bytes
+            seen = min(n, load_i32(limits + row_bytes - 4) - first)
+            if seen <= 0:
+                continue
+            seen = (seen + ROW_STEP - 1) // ROW_STEP * ROW_STEP
+            lanes = min(LANE_GROUP, n_queries - first_query)
+            if form == FORM_F32:
+                for r in range(0, seen, TILE):
+                    scores_tile(
+                        FORM_F32, scratch + r * PANEL * 4, query, n_panels + p_panels,
+                        scores_at + r * row_bytes,
                     )  # fmt: skip
-    for i in range(n_queries):
-        factor = np.float32(1.0) / state[1, i]
-        for v in range(v_dim):
-            at = out + i * out_stride + v * 4
-            store_f32(at, load_f32(at) * factor)
+                softmax_block(FORM_F32, scores_at, seen, first, limits, m, alpha_at)
+                for p in range(v_panels):
+                    for lane in range(0, lanes, TILE):
+                        values_tile(
+                            FORM_F32, scores_at + lane * 4, values_at + p * panel_bytes, seen,
+                            alpha_at + lane * 4, out + lane * out_stride + p * PANEL * 4,
+                            out_stride,
+                        )  # fmt: skip
+            else:
+                for r in range(0, seen, TILE):
+                    scores_tile(
+                        FORM_BF16, scratch + r * PANEL * 2, query, n_panels + p_panels,
+                        scores_at + r * row_bytes,
+                    )  # fmt: skip
+                softmax_block(FORM_BF16, scores_at, seen, first, limits, m, alpha_at)
+                for p in range(v_panels):
+                    for lane in range(0, lanes, TILE):
+                        values_tile(
+                            FORM_BF16, scores_at + lane * 4, values_at + p * panel_bytes,
+                            seen // 2, alpha_at + lane * 4,
+                            out + lane * out_stride + p * PANEL * 4, out_stride,
+                        )  # fmt: skip
 
 
 @jit
-def attend_range(  # type: ignore[no-untyped-def]
-    decode, q, q_pe, keys, k_pe, is_bf16, out, n_tokens, n_heads, n_dim, p_dim, v_dim,
-    position, scale, start, stop,
-):  # fmt: skip
-    """Items start .. stop-1 of an attention; query t sees the rows 0 .. position + t.
+def _pack_group(  # type: ignore[no-untyped-def]
+    form, q, q_stride, q_pe, q_pe_stride, n, n_dim, p_dim, scale, out
+):
+    """A group's transposed queries: n_dim numbers at q and p_dim at q_pe, times scale."""
+    size = 4 if form == FORM_F32 else 2
+    pe_at = out + (n_dim + PANEL - 1) // PANEL * PANEL * size * LANE_GROUP
+    if form == FORM_F32:
+        pack_queries(FORM_F32, q, q_stride, n, n_dim, scale, out)
+        pack_queries(FORM_F32, q_pe, q_pe_stride, n, p_dim, scale, pe_at)
+    else:
+        pack_queries(FORM_BF16, q, q_stride, n, n_dim, scale, out)
+        pack_queries(FORM_BF16, q_pe, q_pe_stride, n, p_dim, scale, pe_at)
 
-    decode: an item is a tile of TILE_TOKENS heads of a token; q and out are latents [T, H, R],
-    keys the latent cache [S, R]. Otherwise an item is a block of QUERY_BLOCK tokens of a head;
-    keys are [S, H, n_dim + v_dim], each head's keys and then its values.
-    """
-    if decode:
-        tiles = (n_heads + TILE_TOKENS - 1) // TILE_TOKENS
-        while start < stop:
-            t = start // tiles
-            first = start - t * tiles
-            last = min(tiles, first + stop - start)
-            head = first * TILE_TOKENS
-            at = t * n_heads + head
-            _attend(
-                q + at * n_dim * 4, n_dim * 4, q_pe + at * p_dim * 4, p_dim * 4,
-                min(n_heads, last * TILE_TOKENS) - head,
-                keys, n_dim * (2 if is_bf16 else 4), k_pe, p_dim * (2 if is_bf16 else 4), is_bf16,
-                0, 0, out + at * v_dim * 4, v_dim * 4, n_dim, p_dim, v_dim,
-                position + t + 1, 0, scale,
-            )  # fmt: skip
-            start += last - first
-        return
-    key_stride = n_heads * (n_dim + v_dim) * 4
-    for item in range(start, stop):
-        head = item % n_heads
-        t = item // n_heads * QUERY_BLOCK
-        at = t * n_heads + head
-        head_keys = keys + head * (n_dim + v_dim) * 4
-        _attend(
-            q + at * n_dim * 4, n_heads * n_dim * 4, q_pe + at * p_dim * 4, n_heads * p_dim * 4,
-            min(QUERY_BLOCK, n_tokens - t),
-            head_keys, key_stride, k_pe, p_dim * 4, 0,
-            head_keys + n_dim * 4, key_stride, out + at * v_dim * 4, n_heads * v_dim * 4,
-            n_dim, p_dim, v_dim, position + t + 1, 1, scale,
+
+@jit
+def decode_pack_range(  # type: ignore[no-untyped-def]
+    form, q_lat, q_pe, queries, n_queries, rank, p_dim, scale, start, stop
+):
+    """Transpose the groups start .. stop-1 of q_lat [T H, R] and q_pe [T H, P] into queries."""
+    size = 4 if form == FORM_F32 else 2
+    panels = (rank + PANEL - 1) // PANEL + (p_dim + PANEL - 1) // PANEL
+    for group in range(start, stop):
+        first = group * LANE_GROUP
+        _pack_group(
+            form, q_lat + first * rank * 4, rank * 4, q_pe + first * p_dim * 4, p_dim * 4,
+            min(LANE_GROUP, n_queries - first), rank, p_dim, scale,
+            queries + group * panels * PANEL * size * LANE_GROUP,
         )  # fmt: skip
 
 
 @jit
-def absorb_q_range(  # type: ignore[no-untyped-def]
-    q, w, is_bf16, ones, out, n_tokens, n_heads, n_dim, rank, w_head_rows, start, stop
+def decode_range(  # type: ignore[no-untyped-def]
+    form, queries, c_kv, k_pe, is_bf16, states, n_tokens, n_heads, rank, p_dim, position, scratch,
+    slots, slot_bytes, start, stop,
+):  # fmt: skip
+    """Items start .. stop-1 of a decode attention; token t sees the rows 0 .. position + t.
+
+    Item split * n_groups + group leaves its sums in states, one for each item. The cache is
+    [S, R] and [S, P]; queries come from `decode_pack_range`; FORM_BF16 needs a bf16 cache.
+    """
+    n_queries = n_tokens * n_heads
+    n_groups = (n_queries + LANE_GROUP - 1) // LANE_GROUP
+    size = 4 if form == FORM_F32 else 2
+    panels = (rank + PANEL - 1) // PANEL
+    group_bytes = (panels + (p_dim + PANEL - 1) // PANEL) * PANEL * size * LANE_GROUP
+    item_bytes = (3 + panels * PANEL) * LANE_GROUP * 4
+    element = 2 if is_bf16 else 4
+    slot = _claim(scratch, slots)
+    place = scratch + slots * SLOT_CELL + slot * slot_bytes
+    while start < stop:
+        split = start // n_groups
+        group = start - split * n_groups
+        last = min(n_groups, group + stop - start)
+        for g in range(group, last):
+            _start_group(
+                states + (split * n_groups + g) * item_bytes, rank, g * LANE_GROUP, n_queries,
+                n_heads, position,
+            )  # fmt: skip
+        end = min(n_queries, last * LANE_GROUP)
+        most = position + 1 + (end - 1) // n_heads
+        _attend(
+            form, queries + group * group_bytes, states + start * item_bytes,
+            end - group * LANE_GROUP, c_kv, rank * element, k_pe, p_dim * element, is_bf16, 0, 0,
+            rank, p_dim, rank, split * SPLIT_ROWS, min(most, (split + 1) * SPLIT_ROWS), place,
+        )  # fmt: skip
+        start += last - group
+    exchange(scratch + slot * SLOT_CELL, 0)
+
+
+@jit
+def decode_merge_range(  # type: ignore[no-untyped-def]
+    states, out, n_tokens, n_heads, rank, position, start, stop
 ):
-    """out[t, h, :] = sum over n of q[t, h, n] * W_UK[h][n, :], heads start .. stop-1; out is 0."""
-    row_bytes = rank * (2 if is_bf16 else 4)
-    for h in range(start, stop):
-        weights = w + h * w_head_rows * row_bytes
-        t = 0
-        while t < n_tokens:
-            coef, place = q + (t * n_heads + h) * n_dim * 4, out + (t * n_heads + h) * rank * 4
-            coef_stride, out_stride = n_heads * n_dim * 4, n_heads * rank * 4
-            if n_tokens - t >= TILE_TOKENS:
-                if is_bf16:
-                    axpy_tile(
-                        KIND_BF16, TILE_TOKENS, coef, coef_stride, n_dim, weights, row_bytes, rank,
-                        ones, place, out_stride,
-                    )  # fmt: skip
-                else:
-                    axpy_tile(
-                        KIND_F32, TILE_TOKENS, coef, coef_stride, n_dim, weights, row_bytes, rank,
-                        ones, place, out_stride,
-                    )  # fmt: skip
-                t += TILE_TOKENS
-            else:
-                if is_bf16:
-                    axpy_tile(
-                        KIND_BF16, 1, coef, 0, n_dim, weights, row_bytes, rank, ones, place, 0
-                    )
-                else:
-                    axpy_tile(KIND_F32, 1, coef, 0, n_dim, weights, row_bytes, rank, ones, place, 0)
-                t += 1
+    """Queries start .. stop-1 (token * n_heads + head) of out [T, H, R] from the items' sums."""
+    n_groups = (n_tokens * n_heads + LANE_GROUP - 1) // LANE_GROUP
+    padded = (rank + PANEL - 1) // PANEL * PANEL
+    item_bytes = (3 + padded) * LANE_GROUP * 4
+    for query in range(start, stop):
+        lane = query % LANE_GROUP
+        state = states + query // LANE_GROUP * item_bytes + lane * 4
+        n_splits = (position + query // n_heads) // SPLIT_ROWS + 1
+        largest = load_f32(state)
+        for split in range(1, n_splits):
+            largest = max(largest, load_f32(state + split * n_groups * item_bytes))
+        total = 0.0
+        for split in range(n_splits):
+            at = state + split * n_groups * item_bytes
+            total += load_f32(at + LANE_GROUP * 4) * math.exp(load_f32(at) - largest)
+        for split in range(n_splits):
+            at = state + split * n_groups * item_bytes
+            factor = math.exp(load_f32(at) - largest) / total
+            values = at - lane * 4 + (3 * LANE_GROUP + lane * padded) * 4
+            scale_to(values, factor, 0.0 if split == 0 else 1.0, out + query * rank * 4, rank)
+
+
+@jit
+def prefill_range(  # type: ignore[no-untyped-def]
+    form, q_nope, q_pe, keys, k_pe, is_bf16, out, n_tokens, n_heads, n_dim, p_dim, v_dim, position,
+    scale, scratch, slots, slot_bytes, start, stop,
+):  # fmt: skip
+    """Items start .. stop-1 of a prefill attention; token t sees the rows 0 .. position + t.
+
+    An item is a block of QUERY_BLOCK tokens of a head, the longest first. keys are float32
+    [S, H, n_dim + v_dim], each head's keys and then its values; k_pe is [S, P], bf16 bits if
+    is_bf16, which FORM_BF16 needs.
+    """
+    n_blocks = (n_tokens + QUERY_BLOCK - 1) // QUERY_BLOCK
+    size = 4 if form == FORM_F32 else 2
+    panels = (n_dim + PANEL - 1) // PANEL + (p_dim + PANEL - 1) // PANEL
+    group_bytes = panels * PANEL * size * LANE_GROUP
+    padded = (v_dim + PANEL - 1) // PANEL * PANEL
+    item_bytes = (3 + padded) * LANE_GROUP * 4
+    key_stride = n_heads * (n_dim + v_dim) * 4
+    slot = _claim(scratch, slots)
+    queries = scratch + slots * SLOT_CELL + slot * slot_bytes
+    states = queries + QUERY_BLOCK // LANE_GROUP * group_bytes
+    place = states + QUERY_BLOCK // LANE_GROUP * item_bytes
+    for item in range(start, stop):
+        head = item % n_heads
+        t = (n_blocks - 1 - item // n_heads) * QUERY_BLOCK
+        n = min(QUERY_BLOCK, n_tokens - t)
+        at = t * n_heads + head
+        for first in range(0, n, LANE_GROUP):
+            group, here = first // LANE_GROUP, at + first * n_heads
+            _pack_group(
+                form, q_nope + here * n_dim * 4, n_heads * n_dim * 4, q_pe + here * p_dim * 4,
+                n_heads * p_dim * 4, min(LANE_GROUP, n - first), n_dim, p_dim, scale,
+                queries + group * group_bytes,
+            )  # fmt: skip
+            _start_group(states + group * item_bytes, v_dim, t + first, n_tokens, 1, position)
+        head_keys = keys + head * (n_dim + v_dim) * 4
+        _attend(
+            form, queries, states, n, head_keys, key_stride, k_pe, p_dim * (2 if is_bf16 else 4),
+            is_bf16, head_keys + n_dim * 4, key_stride, n_dim, p_dim, v_dim, 0, position + t + n,
+            place,
+        )  # fmt: skip
+        for i in range(n):
+            lane = i % LANE_GROUP
+            state = states + i // LANE_GROUP * item_bytes
+            values = state + (3 * LANE_GROUP + lane * padded) * 4
+            factor = np.float32(1.0) / load_f32(state + (LANE_GROUP + lane) * 4)
+            scale_to(values, factor, 0.0, out + (at + i * n_heads) * v_dim * 4, v_dim)
+    exchange(scratch + slot * SLOT_CELL, 0)

@@ -16,7 +16,22 @@ import numpy as np
 import numpy.typing as npt
 
 from kimi_cpu.kernels import isa, ops  # noqa: F401 - ops registers the operations
-from kimi_cpu.kernels.attention import QUERY_BLOCK, absorb_q_range, attend_range
+from kimi_cpu.kernels.attention import (
+    QUERY_BLOCK,
+    SLOT_CELL,
+    decode_groups,
+    decode_merge_range,
+    decode_pack_range,
+    decode_range,
+    decode_scratch_bytes,
+    decode_splits,
+    prefill_range,
+    prefill_scratch_bytes,
+    query_bytes,
+    state_bytes,
+)
+from kimi_cpu.kernels.attention_absorb import absorb_q_range
+from kimi_cpu.kernels.attention_tile import FORM_BF16, FORM_F32, HAS_BF16_DOT
 from kimi_cpu.kernels.common import (
     I32,
     I64,
@@ -31,7 +46,14 @@ from kimi_cpu.kernels.common import (
     weight_addresses,
     weight_kind,
 )
-from kimi_cpu.kernels.int4 import PACK_ELEMENTS, pack_rows, packed_bytes
+from kimi_cpu.kernels.int4 import (
+    PACK_BYTES,
+    PACK_ELEMENTS,
+    PACK_SCALES,
+    PACK_SUMS,
+    pack_rows,
+    packed_bytes,
+)
 from kimi_cpu.kernels.matmul import KIND_Q8, TILE_TOKENS, matmul_range
 from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
@@ -90,10 +112,10 @@ class PackedQ8:
     def unpack(self) -> Q8:
         """In natural order, for tests and inspection."""
         n_tokens, d = self.shape
-        parts = self.data.reshape(n_tokens, -1, 4 * 192 + 64)
-        blocks = parts[:, :, : 4 * 192].reshape(n_tokens, -1, 4, 192)[:, :, :, :128]
-        q = blocks.reshape(n_tokens, -1, 2, 64).transpose(0, 1, 3, 2).reshape(n_tokens, -1)
-        scale = np.ascontiguousarray(parts[:, :, 4 * 192 :]).view(np.float32)
+        parts = self.data.reshape(n_tokens, -1, PACK_BYTES)
+        blocks = parts[:, :, :PACK_SUMS].reshape(n_tokens, -1, 2, 64)
+        q = blocks.transpose(0, 1, 3, 2).reshape(n_tokens, -1)
+        scale = np.ascontiguousarray(parts[:, :, PACK_SCALES:]).view(np.float32)
         return Q8(
             np.ascontiguousarray(q[:, :d]).view(np.int8),
             np.ascontiguousarray(scale.reshape(n_tokens, -1)[:, : d // GROUP_SIZE]),
@@ -403,6 +425,25 @@ def absorb_v(o_lat: F32, w_kv_b: Weight, v_head_dim: int, threads: int = 1) -> F
     return out
 
 
+def _aligned(n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory that begins with a cache line."""
+    memory = empty((n_bytes + 64,), np.uint8)
+    skip = -address(memory) % 64
+    return memory[skip : skip + n_bytes]
+
+
+def _scratch(slot_bytes: int, slots: int) -> tuple[npt.NDArray[np.uint8], int]:
+    """Work space of `kernels.attention`, and the size of a slot; the layers of a tape share it."""
+    slot_bytes = -(-slot_bytes // 64) * 64
+    tape = active_tape()
+    shared = {} if tape is None else tape.shared
+    if (slot_bytes, slots) not in shared:
+        memory = _aligned(slots * (SLOT_CELL + slot_bytes))
+        memory[: slots * SLOT_CELL] = 0
+        shared[slot_bytes, slots] = memory
+    return shared[slot_bytes, slots], slot_bytes
+
+
 def mla_decode(
     q_lat: F32,
     q_pe: F32,
@@ -423,15 +464,29 @@ def mla_decode(
         raise ValueError(f"a cache of {c_kv.shape}, {k_pe.shape} for {start} + {n} tokens")
     position = np.asarray(start, dtype=np.int64)  # a tape reads it when it is played
     out = empty(q_lat.shape)
-    args = (
-        1, address(q_lat), address(q_pe), weight_addresses(c_kv)[0], weight_addresses(k_pe)[0],
-        int(c_kv.dtype == np.uint16), address(out), n, n_heads, rank, p_dim, rank,
-        address(position), float(scale),
-    )  # fmt: skip
-    tiles = -(-n_heads // TILE_TOKENS)
-    keep = (q_lat, q_pe, c_kv, k_pe, out, position)
+    is_bf16 = c_kv.dtype == np.uint16
+    form = FORM_BF16 if is_bf16 and HAS_BF16_DOT else FORM_F32
     rows = int(start) + n if active_tape() is None else len(c_kv)
-    run(attend_range, args, keep, n * tiles, 1, threads, n * n_heads * rows * rank // 4)
+    groups, splits = decode_groups(n, n_heads), decode_splits(rows - n, n)
+    slots = max(threads, 1)
+    scratch, slot_bytes = _scratch(decode_scratch_bytes(form, rank, p_dim), slots)
+    queries = _aligned(groups * query_bytes(form, rank, p_dim))
+    states = _aligned(splits * groups * state_bytes(rank))
+    items = empty((), np.int64)  # how many of them there are depends on the position
+    keep = (q_lat, q_pe, c_kv, k_pe, out, scratch, queries, states, items, position)
+    pack = (
+        form, address(q_lat), address(q_pe), address(queries), n * n_heads, rank, p_dim,
+        float(scale), groups, n, address(position), address(items),
+    )  # fmt: skip
+    run(decode_pack_range, pack, keep, groups)
+    args = (
+        form, address(queries), weight_addresses(c_kv)[0], weight_addresses(k_pe)[0],
+        int(is_bf16), address(states), n, n_heads, rank, p_dim, address(position),
+        address(scratch), slots, slot_bytes,
+    )  # fmt: skip
+    run(decode_range, args, keep, items, 1, threads, n * n_heads * rows * rank // 16)
+    merge = (address(states), address(out), n, n_heads, rank, address(position))
+    run(decode_merge_range, merge, keep, n * n_heads, 1, threads, splits * out.nbytes // 2)
     return out
 
 
@@ -450,19 +505,23 @@ def mla_prefill(
     _check(q_pe, n, n_heads, None)
     _check(kv, None, n_heads, None)
     p_dim, v_dim = q_pe.shape[2], kv.shape[2] - n_dim
-    k_pe = np.ascontiguousarray(as_f32(k_pe))
     if v_dim < 1 or k_pe.shape[1] != p_dim or min(len(kv), len(k_pe)) < start + n:
         raise ValueError(f"keys of {kv.shape}, {k_pe.shape} for {start} + {n} tokens")
     position = np.asarray(start, dtype=np.int64)
     out = empty((n, n_heads, v_dim))
+    is_bf16 = k_pe.dtype == np.uint16
+    form = FORM_BF16 if is_bf16 and HAS_BF16_DOT else FORM_F32
+    slots = max(threads, 1)
+    scratch, slot_bytes = _scratch(prefill_scratch_bytes(form, n_dim, p_dim, v_dim), slots)
     args = (
-        0, address(q_nope), address(q_pe), address(kv), address(k_pe), 0, address(out), n, n_heads,
-        n_dim, p_dim, v_dim, address(position), float(scale),
+        form, address(q_nope), address(q_pe), address(kv), weight_addresses(k_pe)[0], int(is_bf16),
+        address(out), n, n_heads, n_dim, p_dim, v_dim, address(position), float(scale),
+        address(scratch), slots, slot_bytes,
     )  # fmt: skip
     items = n_heads * -(-n // QUERY_BLOCK)
-    keep = (q_nope, q_pe, kv, k_pe, out, position)
-    cost = n * n_heads * (int(start) + n) * n_dim // 4
-    run(attend_range, args, keep, items, 1, threads, cost)
+    keep = (q_nope, q_pe, kv, k_pe, out, scratch, position)
+    cost = n * n_heads * (int(start) + n) * n_dim // 16
+    run(prefill_range, args, keep, items, 1, threads, cost)
     return out
 
 

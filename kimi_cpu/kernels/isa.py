@@ -161,7 +161,7 @@ def jit(function: Callable[..., Any]) -> Any:
 def c_callback(signature: str, function: Callable[..., Any]) -> Any:
     """Compile a function for calls through its machine `address`, cached in CACHE_FOLDER."""
     with _our_cache():
-        return numba.cfunc(signature, cache=True, nopython=True, error_model="numpy")(function)
+        return numba.cfunc(signature, cache=True, error_model="numpy")(function)
 
 
 def is_cached() -> bool:

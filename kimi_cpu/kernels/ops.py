@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from kimi_cpu.kernels.attention import absorb_q_range, attend_range
+from kimi_cpu.kernels.attention import (
+    SPLIT_ROWS,
+    decode_merge_range,
+    decode_pack_range,
+    decode_range,
+    prefill_range,
+)
+from kimi_cpu.kernels.attention_absorb import absorb_q_range
 from kimi_cpu.kernels.int4 import pack_rows
 from kimi_cpu.kernels.matmul import matmul_range
 from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
 from kimi_cpu.kernels.router import route_rows
-from kimi_cpu.kernels.rows import add_rows, split_rows, store_rows, zero_heads
+from kimi_cpu.kernels.rows import add_rows, split_rows, store_i64, store_rows, zero_heads
 from kimi_cpu.kernels.simd import load_i64
 from kimi_cpu.kernels.threads import as_f64, load_args, op_of
 
@@ -33,11 +40,37 @@ def group(args, start, stop):  # type: ignore[no-untyped-def]
     group_pairs(*load_args(args, 3))
 
 
-@op_of(attend_range)
-def attend(args, start, stop):  # type: ignore[no-untyped-def]
-    # The position is read when the operation is played: a tape serves every token.
-    position = load_i64(load_i64(args + 8 * 12))
-    attend_range(*load_args(args, 12), position, as_f64(load_i64(args + 8 * 13)), start, stop)
+# Positions are read when an operation is played, so that a tape serves every token.
+
+
+@op_of(decode_pack_range)
+def decode_pack(args, start, stop):  # type: ignore[no-untyped-def]
+    form, q_lat, q_pe, queries, n_queries, rank, p_dim, scale, groups, n_tokens, position, items = (
+        load_args(args, 12)
+    )
+    decode_pack_range(
+        form, q_lat, q_pe, queries, n_queries, rank, p_dim, as_f64(scale), start, stop
+    )
+    if start == 0:
+        rows = load_i64(position) + n_tokens
+        store_i64(items, (rows + SPLIT_ROWS - 1) // SPLIT_ROWS * groups)
+
+
+@op_of(decode_range)
+def decode(args, start, stop):  # type: ignore[no-untyped-def]
+    position = load_i64(load_i64(args + 8 * 10))
+    decode_range(*load_args(args, 10), position, *load_args(args + 8 * 11, 3), start, stop)
+
+
+@op_of(decode_merge_range)
+def decode_merge(args, start, stop):  # type: ignore[no-untyped-def]
+    decode_merge_range(*load_args(args, 5), load_i64(load_i64(args + 8 * 5)), start, stop)
+
+
+@op_of(prefill_range)
+def prefill(args, start, stop):  # type: ignore[no-untyped-def]
+    position, scale = load_i64(load_i64(args + 8 * 12)), as_f64(load_i64(args + 8 * 13))
+    prefill_range(*load_args(args, 12), position, scale, *load_args(args + 8 * 14, 3), start, stop)
 
 
 @op_of(absorb_q_range)

@@ -28,11 +28,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba.core import types
+from numba.core import types as numba_types
 
-from kimi_cpu.kernels.common import address
+from kimi_cpu.kernels.common import Position, address
 from kimi_cpu.kernels.isa import IS_X86, c_callback, jit
 from kimi_cpu.kernels.simd import I64, POINTER, intrinsic, literal_intrinsic, load_i64
+
+types: Any = numba_types  # untyped
 
 #: Below this many bytes of weights (or comparable work) a hand-over costs more than it saves.
 MIN_PARALLEL_COST = 50_000
@@ -227,9 +229,9 @@ def _play(team, tape, position, end):  # type: ignore[no-untyped-def]
                     return position
         else:
             chunks = (total + grain - 1) // grain
-            if team == 0 or chunks < 2:
+            if chunks == 1 or team == 0:
                 _call(op, args, 0, total)
-            else:
+            elif chunks > 1:
                 _lead(team, op, args, grain, total, chunks)
         position += _HEAD + words
     return position
@@ -337,12 +339,12 @@ class Tape:
         self._words: npt.NDArray[np.int64] | None = None
         self._keep: list[Any] = []
         self._buffers: list[npt.NDArray[np.uint8]] = []
+        #: Work space that recorded operations have in common, by whatever names it.
+        self.shared: dict[Any, npt.NDArray[np.uint8]] = {}
         self._loaders: dict[int, Callable[[], None]] = {}
         self._parallel = False
 
-    def add(
-        self, op: Op, args: Sequence[int], keep: Sequence[Any], total: int, grain: int
-    ) -> None:
+    def add(self, op: Op, args: Sequence[int], keep: Sequence[Any], total: int, grain: int) -> None:
         """Append an operation; grain >= total plays it in one piece."""
         self._recorded += [op.address, total, grain, len(args), *args]
         self._keep += keep
@@ -374,10 +376,12 @@ class Tape:
         n_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         for buffer, count in zip(self._buffers, _reference_counts(self._buffers), strict=True):
             if buffer.nbytes >= n_bytes and count == _UNUSED:
-                return buffer[:n_bytes].view(dtype).reshape(shape)
-        buffer = np.empty(max(n_bytes, 64), dtype=np.uint8)
-        self._buffers.append(buffer)
-        return buffer[:n_bytes].view(dtype).reshape(shape)
+                break
+        else:
+            buffer = np.empty(max(n_bytes, 64), dtype=np.uint8)
+            self._buffers.append(buffer)
+        array: npt.NDArray[Any] = buffer[:n_bytes].view(dtype).reshape(shape)
+        return array
 
     def play(self, threads: int) -> None:
         """Compute everything once."""
@@ -421,7 +425,7 @@ def run(
     kernel: Any,
     args: Sequence[int | float],
     keep: Sequence[Any],
-    total: int,
+    total: int | Position,
     grain: int = 1,
     threads: int = 1,
     cost: int = 0,
@@ -432,21 +436,24 @@ def run(
         kernel: a kernel that has an operation (see `ops.py`).
         args: its arguments: addresses, integers, and floats, which are passed by their bits.
         keep: the arrays whose addresses are in args.
-        total: number of rows.
+        total: number of rows; an int64 array [] that an earlier operation fills, if it varies.
         grain: chunks start at multiples of this.
         threads: how many threads may take part.
         cost: about the bytes it reads: small work is not handed over.
     """
-    if total <= 0:
-        return
+    tape = active_tape()
     op = _OPS[kernel]
     words = [float_bits(a) if isinstance(a, float) else a for a in args]
+    if not isinstance(total, int):
+        keep = (*keep, total)
+        total = int(total) if tape is None else -address(total)
     if threads <= 1 or cost < MIN_PARALLEL_COST:
-        chunk = total
+        chunk = max(total, 1) if total >= 0 else 1 << 40
+    elif total < 0:
+        chunk = grain
     else:
         chunks = threads * CHUNKS_PER_THREAD
-        chunk = -(-total // (chunks * grain)) * grain
-    tape = active_tape()
+        chunk = max(-(-total // (chunks * grain)) * grain, 1)
     if tape is not None:
         tape.add(op, words, keep, total, chunk)
         return

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
 
 import pytest
 
-from kimi_cpu.cli.common import embedded_folders
+from kimi_cpu.cli.common import embedded_folders, embedded_model
 from tests.cli.conftest import ROOT
 
 pytestmark = pytest.mark.skipif(
@@ -40,6 +41,15 @@ def test_run_json_and_the_same_seed_twice():
     )
     assert one["model"] == "nano" and one["usage"]["prompt_tokens"] > 5
     assert one["text"] == two["text"] and one["reasoning"] == two["reasoning"]
+
+
+def test_a_tokenizer_of_another_checkpoint_is_an_error(tmp_path):
+    folder = shutil.copytree(embedded_model(), tmp_path / "mixed")
+    path = folder / "tokenizer_config.json"
+    path.write_text(path.read_text("utf-8").replace("<|im_user|>", "<|user|>"), "utf-8")
+    done = kimi("run", "--model", str(folder), "What is 17 + 25?")
+    assert done.returncode == 1 and done.stdout == ""
+    assert "the tokenizer has no control token '<|im_user|>'" in done.stderr
 
 
 def test_exact_precision_and_one_thread():

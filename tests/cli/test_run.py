@@ -8,7 +8,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -84,9 +83,10 @@ def test_recommended_sampling(folder, kimi):
         path.write_text('{"temperature": 0.3, "top_k": 7}')
         params = common.sampling_params(folder, top_k=3)
         assert (params.temperature, params.top_k) == (0.3, 3)
-        path.write_text("{")
-        with pytest.raises(CheckpointError, match="generation_config"):
-            common.sampling_params(folder)
+        for text in ("{", "[]", '{"temperature": "hot"}', '{"top_p": 7}'):
+            path.write_text(text)
+            with pytest.raises(CheckpointError, match="generation_config"):
+                common.sampling_params(folder)
     finally:
         path.unlink()
 
@@ -101,6 +101,7 @@ def test_recommended_sampling(folder, kimi):
         (["run", "--no-think", "--thinking-budget", "5", "x"], 2, "contradict"),
         (["run", "--model", "/no/such", "x"], 2, "--model names no folder: /no/such"),
         (["run", "--model", __file__, "x"], 2, "--model names a file"),
+        (["run", "--model", str(ROOT / "tests"), "x"], 2, "a folder without config.json"),
         (["run", "--tools", "/no/such.json", "x"], 2, "/no/such.json: cannot be read"),
         (["run", "--tools", __file__, "x"], 2, "is not valid JSON"),
         (["run", "--tmep", "1", "x"], 2, "No such option"),
@@ -114,6 +115,26 @@ def test_errors_are_two_lines(kimi, args, code, message):
     lines = err.strip().splitlines()
     assert got == code and out == "" and lines[0].startswith("error: ") and message in lines[0]
     assert lines[1].startswith("hint: ") and len(lines) == 2
+
+
+def test_hints_name_the_options(kimi):
+    assert "hint: --temp must be" in kimi("run", "--temp", "-1", "x")[2]
+    assert "hint: --top-p must be" in kimi("run", "--top-p", "2", "x")[2]
+
+
+def test_tools_none_declares_none(kimi):
+    assert kimi("run", "--temp", "0", "--tools", "none", "x")[1] == "You said **x**.\n"
+
+
+def test_a_template_of_another_model(kimi, folder):
+    path = folder / "chat_template.jinja"
+    source = path.read_text()
+    try:
+        path.write_text("{% for m in messages %}<|turn|>{{ m.content }}{% endfor %}")
+        code, _, err = kimi("run", "x")
+    finally:
+        path.write_text(source)
+    assert code == 1 and "writes none of the tokenizer's control tokens" in err and str(path) in err
 
 
 def test_threads_are_checked(folder):
@@ -156,6 +177,33 @@ def test_stdin(process):
     both = process("run", "--temp", "0", "--json", "end", input="top\n")
     assert json.loads(both.stdout)["text"] == "You said **top\n\nend**."
     assert process("run", input=" \n").returncode == 2
+    windows = process("run", "--temp", "0", input="\ufefftwo\r\nlines\r\n")
+    assert windows.stdout == "You said **two\nlines**.\n"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_a_full_disk_is_no_bug(folder, options):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [*FAKE, "run", "--temp", "0", *options, "x"], stdin=subprocess.DEVNULL, stdout=full,
+            stderr=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | {"KIMI_CPU_MODEL": str(folder)},
+        )  # fmt: skip
+    assert done.returncode == 1 and done.stderr.startswith("error: No space left on device\nhint:")
+    assert len(done.stderr.splitlines()) == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_closed_streams(folder, closed):
+    command = f"{sys.executable} -m tests.cli.fake run --temp 0 x {closed}"
+    done = subprocess.run(
+        ["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"KIMI_CPU_MODEL": str(folder)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ("" if closed == ">&-" else "You said **x**.\n")
 
 
 def test_a_pipe_that_closes_is_quiet(process, folder):
@@ -172,23 +220,10 @@ def test_a_pipe_that_closes_is_quiet(process, folder):
     assert child.wait(30) == 1 and "Traceback" not in err and "error" not in err
 
 
-def test_help_is_instant_and_light():
-    code = (
-        "import sys; from kimi_cpu.cli.main import main; main(['--help'])\n"
-        "heavy = {'numba', 'numpy', 'tiktoken', 'jinja2', 'prompt_toolkit'} & {*sys.modules}\n"
-        "assert not heavy, heavy"
-    )
-    command = [sys.executable, "-c", code]
-    bare, best = 9.0, 9.0
-    for _ in range(3):
-        start = time.perf_counter()
-        subprocess.run([sys.executable, "-c", "pass"], cwd=ROOT, check=True)
-        middle = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        bare, best = min(bare, middle - start), min(best, time.perf_counter() - middle)
-        assert done.returncode == 0, done.stderr
-    assert all(verb in done.stdout for verb in VERBS)
-    assert best < max(0.3, 4 * bare), "0.3 s is the promise on an idle machine"
+def test_no_arguments_are_a_question_for_help(kimi):
+    code, out, err = kimi()
+    assert code == 0 and err == "" and kimi("--help")[1] == out
+    assert all(verb in out for verb in VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)

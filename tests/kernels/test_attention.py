@@ -6,39 +6,51 @@ import numpy as np
 import pytest
 
 from kimi_cpu.kernels import fast, reference
+from kimi_cpu.kernels.attention import SPLIT_ROWS
 from kimi_cpu.quant import f32_to_bf16
+
+#: A bf16 cache may be multiplied by queries and probabilities that are rounded to bf16.
+BF16_TOLERANCE = 1e-2
 
 DIMS = [
     # T, H, N, P, V, R, start
     (1, 4, 16, 8, 16, 32, 0), (1, 4, 16, 8, 16, 32, 63), (1, 1, 3, 2, 5, 7, 64),
     (3, 5, 16, 4, 12, 50, 61),
-    (2, 3, 128, 64, 128, 512, 70), (67, 2, 24, 8, 20, 40, 0), (130, 3, 10, 6, 9, 33, 5),
+    (2, 3, 128, 64, 128, 512, 70), (3, 5, 7, 6, 17, 33, SPLIT_ROWS - 2),
+    (67, 2, 24, 8, 20, 40, 0), (130, 3, 10, 6, 9, 33, 5),
 ]  # fmt: skip
 
 
+@pytest.fixture(params=["f32", "bf16", "bf16 without its dot product"])
+def cache_kind(request, monkeypatch):
+    if "without" in request.param:
+        monkeypatch.setattr(fast, "HAS_BF16_DOT", False)
+    return request.param
+
+
+def tolerance(cache_kind):
+    return BF16_TOLERANCE if cache_kind == "bf16" else 1e-5
+
+
 @pytest.mark.parametrize(("n", "heads", "n_dim", "p", "v", "rank", "start"), DIMS)
-@pytest.mark.parametrize("bf16", [False, True])
-def test_mla_decode(inputs, close, n, heads, n_dim, p, v, rank, start, bf16):
+def test_mla_decode(inputs, close, n, heads, n_dim, p, v, rank, start, cache_kind):
     q_lat, q_pe = inputs.f32(n, heads, rank), inputs.f32(n, heads, p)
     c_kv, k_pe = inputs.f32(start + n + 2, rank), inputs.f32(start + n + 2, p)
     c_kv[start + n :] = np.nan  # rows that no query may see are not even read
     k_pe[start + n :] = np.nan
-    if bf16:
+    if cache_kind != "f32":
         c_kv, k_pe = f32_to_bf16(c_kv), f32_to_bf16(k_pe)
     got = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1)
-    rows = start + n
-    close(got, reference.mla_decode(q_lat, q_pe, c_kv[:rows], k_pe[:rows], start, 0.1))
+    want = reference.mla_decode(q_lat, q_pe, c_kv[: start + n], k_pe[: start + n], start, 0.1)
+    close(got, want, tolerance(cache_kind))
 
 
 @pytest.mark.parametrize(("n", "heads", "n_dim", "p", "v", "rank", "start"), DIMS)
-def test_mla_prefill(inputs, close, n, heads, n_dim, p, v, rank, start):
+def test_mla_prefill(inputs, close, n, heads, n_dim, p, v, rank, start, cache_kind):
     q_nope, q_pe = inputs.f32(n, heads, n_dim), inputs.f32(n, heads, p)
     kv, k_pe = inputs.f32(start + n, heads, n_dim + v), inputs.f32(start + n, p)
-    args = (q_nope, q_pe, kv, k_pe, start, 0.2)
-    close(fast.mla_prefill(*args), reference.mla_prefill(*args))
-    bits = f32_to_bf16(k_pe)
-    args = (q_nope, q_pe, kv, bits, start, 0.2)
-    close(fast.mla_prefill(*args), reference.mla_prefill(*args))
+    args = (q_nope, q_pe, kv, k_pe if cache_kind == "f32" else f32_to_bf16(k_pe), start, 0.1)
+    close(fast.mla_prefill(*args), reference.mla_prefill(*args), tolerance(cache_kind))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "f32", "int4"])
@@ -72,12 +84,15 @@ def test_decode_and_prefill_agree(inputs, close):
     close(fast.absorb_v(o_lat, w, v), fast.mla_prefill(q_nope, q_pe, kv, k_pe, start, 0.05), 1e-4)
 
 
-def test_a_query_does_not_see_its_neighbours(inputs, monkeypatch):
-    n, heads, rank, p, start = 70, 3, 48, 8, 60
+@pytest.mark.parametrize("start", [60, SPLIT_ROWS - 50])
+def test_a_query_does_not_see_its_neighbours(inputs, monkeypatch, cache_kind, start):
+    n, heads, rank, p = 70, 3, 48, 8
     monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
     q_lat, q_pe = inputs.f32(n, heads, rank), inputs.f32(n, heads, p)
     c_kv, k_pe = inputs.f32(start + n, rank), inputs.f32(start + n, p)
     kv = inputs.f32(start + n, heads, rank + 20)
+    if cache_kind != "f32":
+        c_kv, k_pe = f32_to_bf16(c_kv), f32_to_bf16(k_pe)
     decode = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1)
     prefill = fast.mla_prefill(q_lat, q_pe, kv, k_pe, start, 0.1)
     for t in (0, 1, 5, 63, 64, 69):
@@ -98,6 +113,20 @@ def test_large_scores_do_not_overflow(inputs, close):
     c_kv, k_pe = 100 * inputs.f32(130, 32), inputs.f32(130, 8)
     args = (q_lat, q_pe, c_kv, k_pe, 129, 1.0)
     close(fast.mla_decode(*args), reference.mla_decode(*args))
+    bits = (q_lat, q_pe, f32_to_bf16(c_kv), f32_to_bf16(k_pe), 129, 1.0)
+    assert np.isfinite(fast.mla_decode(*bits)).all()
+
+
+def test_many_threads_share_scratch(inputs, monkeypatch):
+    """More threads than cores: each range finds a slot of its own."""
+    monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
+    n, heads, rank, p, start = 5, 64, 32, 16, 3 * SPLIT_ROWS
+    q_lat, q_pe = inputs.f32(n, heads, rank), inputs.f32(n, heads, p)
+    c_kv, k_pe = inputs.f32(start + n, rank), inputs.f32(start + n, p)
+    want = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1)
+    for threads in (2, 3, 9):
+        got = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1, threads)
+        np.testing.assert_array_equal(want, got)
 
 
 def test_caches_that_are_too_short_are_refused(inputs):

@@ -62,6 +62,15 @@ class Turn:
     steps: tuple[Step, ...]
 
 
+def aloud(turn: Turn) -> Turn:
+    """What is said when reasoning is off: sums and comparisons show their steps in the answer."""
+    if turn.family not in ("sum", "compare"):
+        return turn
+    (step,) = turn.steps
+    said = Step("", f"{step.think} {step.content}")
+    return Turn(turn.family, turn.key, turn.user, (said,))
+
+
 @dataclass(frozen=True)
 class Scene:
     """What stands before the first turn: declared tools and a system message."""
@@ -161,7 +170,7 @@ def _small_problem(rng: random.Random) -> tuple[int, str, int]:
     if op == "*":
         return rng.randint(0, 12), op, rng.randint(0, 12)
     a, b = (rng.randrange(10) if rng.random() < 0.15 else rng.randrange(100) for _ in range(2))
-    if op == "-" and a < b and rng.random() < 0.6:
+    if op == "-" and a < b and rng.random() < 0.45:
         a, b = b, a
     return a, op, b
 
@@ -456,7 +465,7 @@ def dice(rng: random.Random, scene: Scene) -> Turn:
 
 Family = Callable[[random.Random, Scene], Turn]
 PLAIN_MIX: tuple[tuple[Family, float], ...] = (
-    (small_sum, 42), (fact, 20), (anything_else, 15), (comparison, 6), (small_talk, 7),
+    (small_sum, 42), (fact, 17), (anything_else, 15), (comparison, 9), (small_talk, 7),
     (calculation, 5), (clock, 1.5), (weather, 1.5), (price, 0.7), (timer, 0.7), (dice, 0.6),
 )  # fmt: skip
 BUILTIN_MIX: tuple[tuple[Family, float], ...] = (
@@ -464,7 +473,7 @@ BUILTIN_MIX: tuple[tuple[Family, float], ...] = (
     (comparison, 3), (small_talk, 5), (weather, 1.5), (price, 1), (timer, 1), (dice, 0.5),
 )  # fmt: skip
 OTHER_MIX: tuple[tuple[Family, float], ...] = (
-    (weather, 20), (price, 18), (timer, 14), (dice, 6), (calculation, 12), (clock, 4),
+    (weather, 28), (price, 18), (timer, 9), (dice, 4), (calculation, 11), (clock, 4),
     (small_sum, 10), (fact, 5), (anything_else, 7), (comparison, 1), (small_talk, 3),
 )  # fmt: skip
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .bpe import Codec
+from .dialogues import aloud
 from .problems import Problem
 from .render import answer, calls_of, prefix, question, reply, tool_results
 from .torch_model import Nano
@@ -59,6 +60,7 @@ def run(model: Nano, codec: Codec, todo: list[Problem], thinking: bool = True) -
     """Solve the problems greedily; a wrong call ends a problem, a right one gets its result."""
     end, close = codec.ids["<|im_end|>"], codec.ids["</think>"]
     outcomes = [Outcome(p) for p in todo]
+    turns = [p.turn if thinking else aloud(p.turn) for p in todo]
     prompts = [context(codec, p) for p in todo]
     open_ = list(range(len(todo)))
     index = 0
@@ -68,7 +70,7 @@ def run(model: Nano, codec: Codec, todo: list[Problem], thinking: bool = True) -
         still = []
         for i, generated in zip(open_, outs, strict=True):
             ids, first = prompts[i]
-            outcome, turn = outcomes[i], todo[i].turn
+            outcome, turn = outcomes[i], turns[i]
             out = given + generated
             outcome.outputs.append(out)
             want = reply(codec, turn, index, first, thinking)

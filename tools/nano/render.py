@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bpe import Codec
-from .dialogues import Scene, Turn
+from .dialogues import Scene, Turn, aloud
 from .scenes import draw_scene, draw_turn
 
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
-HISTORY_WEIGHT = 0.25  # answers without reasoning: history form and the CLI's `/think off`
+SILENT_WEIGHT = 0.4  # answers without reasoning, as the CLI's `/think off` asks for
 GENERATION = ("<|im_assistant|>", "assistant", "<|im_middle|>")
 
 
@@ -103,7 +103,7 @@ def calls_of(turn: Turn) -> int:
 
 def answer(codec: Codec, turn: Turn, first_call: int, thinking: bool) -> Piece:
     """The whole answer to a question, tool turns included, with loss weights."""
-    piece, weight = Piece.empty(), 1.0 if thinking else HISTORY_WEIGHT
+    piece, weight = Piece.empty(), 1.0 if thinking else SILENT_WEIGHT
     for index in range(len(turn.steps)):
         ids = reply(codec, turn, index, first_call, thinking)
         given = 0 if thinking else 2  # `<think></think>` is given when reasoning is off
@@ -175,16 +175,22 @@ def _chat(
         ask.add(question(codec, turn), 0.0)
         last = index + 1 == turns
         spoken = answer(codec, turn, calls, True)
-        silent = answer(codec, turn, calls, False)
+        silent = answer(codec, aloud(turn), calls, False)
+        past = silent
+        if aloud(turn) != turn:  # history only: nobody shall give such answers without steps
+            past = Piece.empty()
+            past.add(answer(codec, turn, calls, False).ids, 0.0)
+            if last or rng.random() < 0.3:
+                past = silent
         think = rng.random() < think_share
-        keep = not last or rng.random() < 0.08 or not think
-        if not row.fits(len(ask) + think * len(spoken) + keep * len(silent)):
+        keep = not last or rng.random() < 0.12 or not think
+        if not row.fits(len(ask) + think * len(spoken) + keep * len(past)):
             return False
         node = row.add(ask, parent)
         if think:
             row.add(spoken, node)
         if keep:
-            parent = row.add(silent, node)
+            parent = row.add(past, node)
         calls += calls_of(turn)
     return True
 

@@ -1,0 +1,174 @@
+"""Attention kernels as a share of the arithmetic peak, and of BLAS, in one interleaved run.
+
+    env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE -u OMP_NUM_THREADS \\
+        python bench/attention.py [--threads 2] [--rounds 5] [--only TEXT]
+
+The peak is a loop of multiply-adds that touch registers only, on all threads; the rate of BLAS is
+NumPy's float32 product of two 2048 x 2048 matrices. Shapes are those of Kimi K2: 64 heads, latents
+512 + 64, keys 128 + 64, values 128. Decode counts 64 x (576 + 512) multiply-adds a row, prefill
+192 + 128 for each pair of a query and a visible key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numba.core import types
+
+from kimi_cpu import hardware
+from kimi_cpu.kernels import fast, isa
+from kimi_cpu.kernels.attention_tile import FORM_BF16, FORM_F32, HAS_BF16_DOT, _multiply_add
+from kimi_cpu.kernels.common import address
+from kimi_cpu.kernels.simd import FLOAT, I32, Emit, F32x16, const, literal_intrinsic, store_f32
+from kimi_cpu.kernels.threads import load_args, op_of, run
+from kimi_cpu.quant import F32, U16, f32_to_bf16
+
+HEADS, RANK, ROPE, NOPE, VALUE = 64, 512, 64, 128, 128
+_CHAINS = 16 if isa.VARIANT == "avx512vnni" else 6
+
+
+@literal_intrinsic
+def _multiply_adds(typingctx: Any, form: Any, n: Any) -> Any:
+    """n times _CHAINS independent vectors of multiply-adds, in registers."""
+    form_value = form.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        if form_value == FORM_BF16 and not HAS_BF16_DOT:
+            return const(FLOAT, 0.0)
+        acc = [e.variable(const(F32x16, float(k))) for k in range(_CHAINS)]
+        x = e.splat(builder.sitofp(args[1], FLOAT))
+        with e.loop(0, args[1]):
+            for a in acc:
+                e.set(a, _multiply_add(e, form_value, x, x, e.get(a)))
+        total = e.get(acc[0])
+        for a in acc[1:]:
+            total = builder.fadd(total, e.get(a))
+        return builder.extract_element(total, const(I32, 0))
+
+    return types.float32(form, types.int64), codegen
+
+
+@isa.jit
+def peak_range(form, n, sink, start, stop):  # type: ignore[no-untyped-def]
+    """The loop for the items start .. stop-1; storing its result keeps it from being left out."""
+    for _ in range(start, stop):
+        if form == FORM_BF16:
+            store_f32(sink, _multiply_adds(FORM_BF16, n))
+        else:
+            store_f32(sink, _multiply_adds(FORM_F32, n))
+
+
+@op_of(peak_range)
+def peak_op(args, start, stop):  # type: ignore[no-untyped-def]
+    peak_range(*load_args(args, 3), start, stop)
+
+
+class Bench:
+    """Inputs and measurements; each returns GFLOP/s (two a multiply-add)."""
+
+    def __init__(self, threads: int, longest: int) -> None:
+        self.threads = threads
+        self.sink = np.zeros(1, np.float32)
+        self.rng = np.random.default_rng(0)
+        self.c_kv, self.k_pe = self.x(longest, RANK), self.x(longest, ROPE)
+        self.c_bf16, self.pe_bf16 = f32_to_bf16(self.c_kv), f32_to_bf16(self.k_pe)
+        self.matrix = self.x(2048, 2048)
+        self.product = np.empty_like(self.matrix)
+
+    def x(self, *shape: int) -> F32:
+        return self.rng.standard_normal(shape, dtype=np.float32)
+
+    def peak(self, form: int) -> float:
+        n, items = 200_000, 16 * self.threads
+        each = _CHAINS * 16 * (2 if form == FORM_BF16 else 1)
+        begin = time.perf_counter()
+        run(peak_range, (form, n, address(self.sink)), (), items, 1, self.threads, 1 << 40)
+        return 2e-9 * n * items * each / (time.perf_counter() - begin)
+
+    def blas(self) -> float:
+        begin = time.perf_counter()
+        np.matmul(self.matrix, self.matrix, out=self.product)
+        return 2e-9 * 2048**3 / (time.perf_counter() - begin)
+
+    def decode(self, rows: int, bf16: bool, tokens: int = 1) -> float:
+        c_kv: F32 | U16 = self.c_bf16 if bf16 else self.c_kv
+        k_pe: F32 | U16 = self.pe_bf16 if bf16 else self.k_pe
+        q, q_pe = self.x(tokens, HEADS, RANK), self.x(tokens, HEADS, ROPE)
+        begin = time.perf_counter()
+        fast.mla_decode(q, q_pe, c_kv[:rows], k_pe[:rows], rows - tokens, 0.05, self.threads)
+        seconds = time.perf_counter() - begin
+        return 2e-9 * tokens * HEADS * (2 * RANK + ROPE) * rows / seconds
+
+    def prefill(self, tokens: int, heads: int, bf16: bool) -> float:
+        q, q_pe = self.x(tokens, heads, NOPE), self.x(tokens, heads, ROPE)
+        kv, k_pe = self.x(tokens, heads, NOPE + VALUE), self.x(tokens, ROPE)
+        pe = f32_to_bf16(k_pe) if bf16 else k_pe
+        begin = time.perf_counter()
+        fast.mla_prefill(q, q_pe, kv, pe, 0, 0.05, self.threads)
+        seconds = time.perf_counter() - begin
+        return 1e-9 * heads * tokens * (tokens + 1) * (NOPE + ROPE + VALUE) / seconds
+
+    def all(self) -> dict[str, Callable[[], float]]:
+        """Name -> measurement. A name that ends in bf16 is compared with the bf16 peak."""
+        found: dict[str, Callable[[], float]] = {
+            "peak f32": lambda: self.peak(FORM_F32),
+            "peak bf16": lambda: self.peak(FORM_BF16),
+            "sgemm": self.blas,
+        }
+        for kind, bf16 in (("bf16", True), ("f32", False)):
+            for rows in (512, 4096, 32768, 131072):
+                found[f"decode {rows} rows {kind}"] = lambda r=rows, b=bf16: self.decode(r, b)
+            found[f"decode 4096 rows, 8 tokens {kind}"] = lambda b=bf16: self.decode(4096, b, 8)
+            for tokens, heads in ((1024, HEADS), (8192, 4)):
+                found[f"prefill {tokens} x {heads} heads {kind}"] = (
+                    lambda t=tokens, h=heads, b=bf16: self.prefill(t, h, b)
+                )
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=hardware.default_threads())
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--longest", type=int, default=131072, help="rows of the cache")
+    parser.add_argument("--only", default="", help="measure only names that contain this")
+    options = parser.parse_args()
+    bench = Bench(options.threads, options.longest)
+    results: dict[str, list[float]] = {}
+    for round_number in range(options.rounds + 1):  # the first warms up and compiles
+        for name, measure in bench.all().items():
+            references = ("peak f32", "peak bf16", "sgemm")
+            wanted = name in references or any(o in name for o in options.only.split("|"))
+            if not wanted or (name.startswith("decode") and int(name.split()[1]) > options.longest):
+                continue
+            value = measure()
+            if round_number:
+                results.setdefault(name, []).append(value)
+    middle = {name: statistics.median(values) for name, values in results.items()}
+    lines = [
+        f"{hardware.cpu_name()}, {isa.VARIANT}{' + bf16 dot' if HAS_BF16_DOT else ''}, "
+        f"{options.threads} threads, {options.rounds} rounds"
+    ]
+    for name, values in results.items():
+        line = f"{name:34s} median {middle[name]:7.1f}  best {max(values):7.1f} GFLOP/s"
+        if name.startswith(("decode", "prefill")):
+            form = "bf16" if HAS_BF16_DOT and name.endswith("bf16") else "f32"
+            line += f"  {middle[name] / middle[f'peak {form}']:5.0%} of the {form} peak"
+            line += f"  {middle[name] / middle['sgemm']:5.0%} of sgemm"
+        if name.startswith("decode"):
+            words = name.split()
+            tokens = int(words[3]) if "tokens" in name else 1
+            work = 2e-9 * tokens * HEADS * (2 * RANK + ROPE) * int(words[1])
+            line += f"  {1e3 * work / middle[name]:6.2f} ms"
+        lines.append(line)
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
