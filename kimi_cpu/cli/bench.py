@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -89,12 +90,20 @@ def _pairs(
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the token ids.")
 @click.option("--cold", is_flag=True, help="Before each run drop the weight files from memory.")
 @click.option("--profile", is_flag=True, help="Split a token's time by part of the model.")
+@click.option(
+    "--plot", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Draw rates by context depth and the split to FILE, .svg or .png (implies --profile).",
+)  # fmt: skip
 def command(
     model: str | None, n_prompt: list[int], n_gen: list[int], n_pg: list[tuple[int, int]],
     n_depth: list[int], threads: list[int], repetitions: int, output: str, precision: str,
-    seed: int, cold: bool, profile: bool,
+    seed: int, cold: bool, profile: bool, plot: Path | None,
 ) -> None:  # fmt: skip
     """Measure tokens a second beside what memory allows."""
+    from kimi_cpu.cli import bench_plot
+
+    if plot is not None:
+        bench_plot.check(plot)
     folder = common.model_folder(model)
     from kimi_cpu import hardware
     from kimi_cpu.benchmark.runner import Bench, Test
@@ -121,7 +130,7 @@ def command(
 
         bench = Bench(
             folder, precision=precision, seed=seed, repetitions=repetitions,  # type: ignore[arg-type]
-            cold=cold, profile=profile, progress=progress,
+            cold=cold, profile=profile or plot is not None, progress=progress,
         )  # fmt: skip
         bench.check(tests)
         name = "nano" if folder in common.embedded_folders() else folder.resolve().name
@@ -139,6 +148,9 @@ def command(
         click.echo(report.as_json(records))
     elif output == "md":
         click.echo(report.md_footer(records))
+    if plot is not None:
+        bench_plot.draw(records, name, plot)
+        note(f"Drawn to {plot}.")
     largest = max(r["bytes_per_token"] for r in records)
     if output == "md" and largest < _FITS_CACHE_BYTES:
         note(

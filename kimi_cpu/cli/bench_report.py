@@ -146,28 +146,25 @@ def md_footer(records: Sequence[dict[str, Any]]) -> str:
 
 
 def _md_profile(records: Sequence[dict[str, Any]]) -> list[str]:
-    """A table of milliseconds a token: parts by tests."""
-    used = [part for part in PARTS if any(r["profile_ms"][part] > 0 for r in records)]
-    heads = [f"{r['test']}, {r['n_threads']} t" for r in records]
-    rows = [["ms/token", *heads]]
-    for part in used:
-        cells = []
-        for r in records:
-            total = sum(r["profile_ms"].values())
-            ms = r["profile_ms"][part]
-            cells.append(f"{ms:.3g} ({ms / total:.0%})")
-        rows.append([part, *cells])
-    rows.append(["all", *(f"{sum(r['profile_ms'].values()):.3g}" for r in records)])
-    waits = [r["disk_wait_ms"] for r in records]
-    if any(wait is not None for wait in waits):
-        rows.append(["of it for the disk", *("?" if w is None else f"{w:.3g}" for w in waits)])
+    """A table of milliseconds a token: tests by parts."""
+    parts = [part for part in PARTS if any(r["profile_ms"][part] > 0 for r in records)]
+    waits = any(r["disk_wait_ms"] is not None for r in records)
+    rows = [["ms/token", "threads", *parts, "all", *(["of it for the disk"] if waits else [])]]
+    for r in records:
+        split = r["profile_ms"]
+        total = sum(split.values())
+        row = [r["test"], str(r["n_threads"])]
+        row += [f"{split[part]:.3g} ({split[part] / total:.0%})" for part in parts]
+        row.append(f"{total:.3g}")
+        if waits:
+            row.append("?" if r["disk_wait_ms"] is None else f"{r['disk_wait_ms']:.3g}")
+        rows.append(row)
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
+    rows.insert(1, rule)
     lines = []
-    for i, row in enumerate(rows):
-        cells = [row[0].ljust(widths[0])]
-        cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+    for row in rows:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=True)]
+        cells[0] = row[0].ljust(widths[0])
         lines.append(f"| {' | '.join(cells)} |")
-        if i == 0:
-            rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
-            lines.append(f"| {' | '.join(rule)} |")
     return lines
