@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kimi_cpu.chat.generate import Result, StopMatcher, check_tokenizer, generate
@@ -151,6 +152,28 @@ def test_thinking_off_prefills(tokenizer):
         assert result.message == {"role": "assistant", "content": "yes"}
 
 
+def test_a_prompt_that_ends_the_reasoning_itself(tokenizer):
+    result, _, _ = run(tokenizer, "yes", prompt="hi<think></think>")
+    assert result.message == {"role": "assistant", "content": "yes"}
+    assert result.usage.reasoning_tokens == 0
+
+
+def test_a_reasoning_closed_by_its_budget_stays_closed(tokenizer):
+    params = SamplingParams(temperature=0, thinking_budget=2, max_tokens=12)
+    result, _, _ = run(tokenizer, "<think>abcd</think>x<think>y", params)
+    assert result.usage.reasoning_tokens == 2
+    assert result.token_ids.count(tokenizer.control("<think>")) == 1
+
+
+def test_rows_without_a_token_are_never_sampled(tokenizer):
+    class Padded(FakeSession):
+        def _logits(self):
+            return np.concatenate([super()._logits(), np.full(100, 99, np.float32)])
+
+    session = Padded(tokenizer, lambda _: "<think></think>yes")
+    assert run(tokenizer, "", session=session)[0].message["content"] == "yes"
+
+
 def test_thinking_off_bans_reopening(tokenizer):
     params = SamplingParams(temperature=0, thinking_budget=0, max_tokens=3)
     result, _, _ = run(tokenizer, "<think>x</think>y", params)
@@ -197,6 +220,7 @@ def test_stop_matcher_holds_back_no_more_than_needed():
 @given(
     st.text("abc", max_size=12), st.lists(st.text("abc", min_size=1, max_size=3), max_size=3)
 )  # fmt: skip
+@example("aabc", ["abc", "b"])  # the shorter one is complete first
 def test_stop_matcher_does_not_care_how_text_is_cut_up(text, stops):
     def shown(pieces):
         matcher, out = StopMatcher(stops), ""

@@ -24,7 +24,13 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from kimi_cpu.chat.parser import Content, Event, StreamParser, ToolCallStart
+from kimi_cpu.chat.parser import (
+    Content,
+    Event,
+    StreamParser,
+    ToolCallStart,
+    starts_in_reasoning,
+)
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import ContextError, TokenizerError
 from kimi_cpu.sampling import Sampler, SamplingParams
@@ -189,13 +195,27 @@ def generate(
     Raises ContextError when the prompt does not fit; a reply that fills the context ends with
     finish_reason "length".
     """
+    prompt = _continued(tokenizer, prompt_ids, params)
     parser = StreamParser(
         tokenizer,
-        in_reasoning=params.thinking_budget != 0,
+        in_reasoning=starts_in_reasoning(tokenizer, prompt),
         next_call_index=next_call_index,
     )
     reply = _Reply(session, tokenizer, params, parser, allow_tools, eos_token_ids, cancelled)
-    return reply.run(prompt_ids, progress)
+    return reply.run(prompt, progress)
+
+
+def _continued(
+    tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams
+) -> list[int]:
+    """The prompt, with the reasoning closed beforehand when thinking is off."""
+    prompt, ids = list(prompt_ids), tokenizer.special_tokens
+    off = params.thinking_budget == 0 and supports_thinking(tokenizer)
+    if off and prompt[-1:] != [ids[END_THINK]]:
+        if prompt[-1:] != [ids[THINK]]:  # K2.5's template opens it itself
+            prompt.append(ids[THINK])
+        prompt.append(ids[END_THINK])
+    return prompt
 
 
 class _Reply:
@@ -214,12 +234,9 @@ class _Reply:
         self._params = params
         self._cancelled = cancelled
         ids = tokenizer.special_tokens
-        self._think = supports_thinking(tokenizer)
-        self._end_think = ids.get(END_THINK, -1)
         self._ends = {ids[name] for name in END_TOKENS if name in ids} | {*eos_token_ids}
-        self._reasons = self._think and params.thinking_budget != 0
         allowed = {*END_TOKENS}
-        if self._reasons:
+        if supports_thinking(tokenizer) and params.thinking_budget != 0:
             allowed |= {THINK, END_THINK}
         if allow_tools:
             allowed |= {*TOOL_TOKENS}
@@ -230,9 +247,8 @@ class _Reply:
         self._started = time.perf_counter()
 
     def run(
-        self, prompt_ids: Sequence[int], progress: Callable[[int, int], None] | None
+        self, prompt: list[int], progress: Callable[[int, int], None] | None
     ) -> Iterator[Event | Result]:
-        prompt = self._continued(prompt_ids)
         cached = self._session.common_prefix(prompt)
         sampler = Sampler(self._params, prompt, self._banned)
         parser = self._parser
@@ -300,21 +316,12 @@ class _Reply:
             token_ids=tuple(ids),
         )
 
-    def _continued(self, prompt_ids: Sequence[int]) -> list[int]:
-        """The prompt, with the reasoning closed beforehand when thinking is off."""
-        prompt = list(prompt_ids)
-        ids = self._tokenizer.special_tokens
-        if self._think and not self._reasons and prompt[-1:] != [self._end_think]:
-            if prompt[-1:] != [ids[THINK]]:  # K2.5's template opens it itself
-                prompt.append(ids[THINK])
-            prompt.append(self._end_think)
-        return prompt
-
     def _next(self, sampler: Sampler, logits: NDArray[np.float32], n_reasoning: int) -> int:
         budget = self._params.thinking_budget
         if self._parser.in_reasoning and budget is not None and n_reasoning >= budget:
-            sampler.ban(self._tokenizer.special_tokens[THINK], self._end_think)
-            return self._end_think
+            ids = self._tokenizer.special_tokens
+            sampler.ban(ids[THINK], ids[END_THINK])
+            return ids[END_THINK]
         return sampler.sample(logits)
 
     def _emit(self, events: list[Event]) -> Generator[Event, None, bool]:

@@ -114,7 +114,7 @@ A = "functions.a:0"
         ),
         (f"</think>{SECTION}{CALL}{A}{CALL_END}", (None, None, [(A, "a", "")]), None),
         (f"</think>{SECTION}{CALL}{CALL}{CALL_END}{SECTION_END}x", (None, "x", []), None),
-        (f"</think>{SECTION}stray{SECTION_END}", (None, "stray", []), None),
+        (f"</think>{SECTION} stray words\n{SECTION_END}", (None, "stray words\n", []), None),
         # tokens where they mean nothing
         (f"a{SECTION_END}b{CALL_END}c{ARGUMENTS}d</think>e{CALL_END}", ("abcd", "e", []), None),
         (
