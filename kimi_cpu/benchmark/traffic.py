@@ -39,9 +39,9 @@ class ObservedKernels(ModuleType):
             return value
         observer = self._observer
 
-        def observed(*args: Any) -> Any:
+        def observed(*args: Any, **named: Any) -> Any:
             begin = time.perf_counter()
-            result = value(*args)
+            result = value(*args, **named)
             observer(name, args, result, time.perf_counter() - begin)
             return result
 
