@@ -9,6 +9,7 @@ import pytest
 
 from kimi_cpu.engine import PREFILL_CHUNK, Engine
 from kimi_cpu.errors import CheckpointError, ContextError, UsageError
+from kimi_cpu.quant import dequantize, f32_to_bf16
 from tests.tiny import tiny_checkpoint
 
 CONTEXT = 600
@@ -172,6 +173,40 @@ def test_score_rows_are_the_steps(engine: Engine) -> None:
     same = [close(session.step(token), row) for token, row in zip(prompt, rows, strict=True)]
     # Rounding to bf16 may tip a near tie between two experts of this random model.
     assert np.mean(same) >= (0.8 if engine.precision == "fast" else 1)
+
+
+def test_steps_across_the_splits_of_a_long_context(tmp_path: Path) -> None:
+    """Recorded passes follow the position: memory that moves, and the rows' splits at 1,024."""
+    tiny_checkpoint(tmp_path, 22)
+    with Engine.load(tmp_path, precision="exact", threads=2) as engine:
+        prompt = ids(engine, 1060)
+        rows = engine.score(prompt)
+        session = engine.session()
+        session.sync(prompt[:1000])
+        for token, row in zip(prompt[1000:], rows[1000:], strict=True):
+            assert np.linalg.norm(session.step(token) - row) < 1e-4 * np.linalg.norm(row)
+
+
+def test_sessions_do_not_disturb_each_other(engine: Engine) -> None:
+    first, second, prompt = engine.session(), engine.session(), ids(engine, 12)
+    for token in prompt:
+        first.step(token)
+        second.step((token + 1) % engine.config.vocab_size)
+    assert close(first.step(3), engine.session().sync([*prompt, 3]))
+
+
+def test_experts_stored_in_different_ways(folder: Path) -> None:
+    """A pass with them cannot be recorded, and is computed all the same."""
+    with Engine.load(folder) as plain, Engine.load(folder) as mixed:
+        for layer in mixed._model.layers[1:]:
+            table = layer.mlp.experts  # type: ignore[union-attr]
+            load = table._load
+            table._load = lambda e, load=load: (*load(e)[:2], f32_to_bf16(dequantize(load(e)[2])))
+        a, b = plain.session(), mixed.session()
+        for token in ids(plain, 6):
+            ours, theirs = b.step(token), a.step(token)
+        assert close(ours, theirs)
+        assert not mixed._model._replays
 
 
 def test_threads_change_nothing(folder: Path, engine: Engine) -> None:

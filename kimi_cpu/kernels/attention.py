@@ -13,8 +13,6 @@ bytes, zero in the beginning, and then `slots` areas. Addresses should be multip
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 
 from kimi_cpu.kernels.attention_tile import (
@@ -23,6 +21,7 @@ from kimi_cpu.kernels.attention_tile import (
     FORM_F32,
     LANE_GROUP,
     PANEL,
+    PANEL_GAP,
     ROW_STEP,
     TILE,
     exchange,
@@ -53,7 +52,7 @@ def _panels(n: int) -> int:
 
 
 def query_bytes(form: int, key_dim: int, p_dim: int) -> int:
-    """Size of a group's transposed queries."""
+    """Size of a group's transposed queries, a multiple of 64."""
     size = 4 if form == FORM_F32 else 2
     return (_panels(key_dim) + _panels(p_dim)) * PANEL * size * LANE_GROUP
 
@@ -66,7 +65,8 @@ def state_bytes(v_dim: int) -> int:
 def _block_bytes(form: int, key_dim: int, p_dim: int, v_dim: int) -> int:
     size = 4 if form == FORM_F32 else 2
     panels = _panels(key_dim) + _panels(p_dim) + _panels(v_dim)
-    return BLOCK_ROWS * (panels * PANEL * size + LANE_GROUP * 4) + LANE_GROUP * 4
+    panel_bytes = BLOCK_ROWS * PANEL * size + PANEL_GAP
+    return panels * panel_bytes + (BLOCK_ROWS + 1) * LANE_GROUP * 4
 
 
 def decode_scratch_bytes(form: int, rank: int, p_dim: int) -> int:
@@ -129,7 +129,7 @@ def _attend(  # type: ignore[no-untyped-def]
     n_panels = (n_dim + PANEL - 1) // PANEL
     p_panels = (p_dim + PANEL - 1) // PANEL
     v_panels = (v_dim + PANEL - 1) // PANEL
-    panel_bytes = BLOCK_ROWS * PANEL * size
+    panel_bytes = BLOCK_ROWS * PANEL * size + PANEL_GAP
     group_bytes = (n_panels + p_panels) * PANEL * size // 4 * row_bytes
     out_stride = v_panels * PANEL * 4
     group_state = 3 * row_bytes + LANE_GROUP * out_stride
@@ -139,6 +139,8 @@ def _attend(  # type: ignore[no-untyped-def]
     scores_at = own_values_at + v_panels * panel_bytes
     alpha_at = scores_at + BLOCK_ROWS * row_bytes
     keys_bf16 = is_bf16 and values == 0
+    row_length = n_dim * (2 if keys_bf16 else 4) + (0 if values == 0 else v_dim * 4)
+    ahead_lines = (row_length // 64 + n_panels + p_panels - 1) // (n_panels + p_panels)
     for first in range(row_start, row_stop, BLOCK_ROWS):
         n = min(BLOCK_ROWS, row_stop - first)
         rows = (n + ROW_STEP - 1) // ROW_STEP * ROW_STEP
@@ -175,7 +177,8 @@ def _attend(  # type: ignore[no-untyped-def]
                 for r in range(0, seen, TILE):
                     scores_tile(
                         FORM_F32, scratch + r * PANEL * 4, query, n_panels + p_panels,
-                        scores_at + r * row_bytes,
+                        scores_at + r * row_bytes, key + (BLOCK_ROWS + r) * key_stride, key_stride,
+                        ahead_lines if group == 0 else 0,
                     )  # fmt: skip
                 softmax_block(FORM_F32, scores_at, seen, first, limits, m, alpha_at)
                 for p in range(v_panels):
@@ -189,7 +192,8 @@ def _attend(  # type: ignore[no-untyped-def]
                 for r in range(0, seen, TILE):
                     scores_tile(
                         FORM_BF16, scratch + r * PANEL * 2, query, n_panels + p_panels,
-                        scores_at + r * row_bytes,
+                        scores_at + r * row_bytes, key + (BLOCK_ROWS + r) * key_stride, key_stride,
+                        ahead_lines if group == 0 else 0,
                     )  # fmt: skip
                 softmax_block(FORM_BF16, scores_at, seen, first, limits, m, alpha_at)
                 for p in range(v_panels):
@@ -289,10 +293,10 @@ def decode_merge_range(  # type: ignore[no-untyped-def]
         total = 0.0
         for split in range(n_splits):
             at = state + split * n_groups * item_bytes
-            total += load_f32(at + LANE_GROUP * 4) * math.exp(load_f32(at) - largest)
+            total += load_f32(at + LANE_GROUP * 4) * 2.0 ** (load_f32(at) - largest)
         for split in range(n_splits):
             at = state + split * n_groups * item_bytes
-            factor = math.exp(load_f32(at) - largest) / total
+            factor = 2.0 ** (load_f32(at) - largest) / total
             values = at - lane * 4 + (3 * LANE_GROUP + lane * padded) * 4
             scale_to(values, factor, 0.0 if split == 0 else 1.0, out + query * rank * 4, rank)
 

@@ -16,6 +16,7 @@ Keys and values of a block of rows are copied to *panels* of PANEL columns, once
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -28,6 +29,7 @@ from kimi_cpu.kernels.simd import (
     FLOAT,
     I16,
     I32,
+    I64,
     LANES,
     POINTER,
     Emit,
@@ -53,8 +55,14 @@ PANEL = LANE_GROUP = LANES * VECTORS
 BLOCK_ROWS = 128
 #: Rows are padded with zeros to a multiple of this.
 ROW_STEP = 8
+#: Bytes between panels beyond their rows: else the same row of all panels meets in one cache set.
+PANEL_GAP = 64
 _UNROLL = 4
 _ROW_BYTES = 4 * LANE_GROUP
+
+# 2^r for |r| <= 1/2, the relative error least among polynomials that are 1 at 0, highest first.
+_EXP2_F32 = (1.32647271e-3, 9.67151264e-3, 5.55073374e-2, 0.240222421, 0.693146978, 1.0)
+_EXP2_BF16 = (9.58285304e-3, 5.59064247e-2, 0.240240986, 0.693124193, 1.0)
 
 
 class _BFloat(ir.Type):  # type: ignore[misc]
@@ -82,22 +90,17 @@ def _multiply_add(e: Emit, form: int, a: Any, b: Any, total: Any) -> Any:
     return e.call("llvm.x86.avx512bf16.dpbf16ps.512", F32x16, [total, *pairs])
 
 
-def _pair_bf16(e: Emit, low: Any, high: Any) -> Any:
-    """Two float vectors, rounded to bf16 (ties to even), in the halves of 32-bit lanes."""
-    b = e.b
-    halves = []
-    for v in (low, high):
-        bits = b.bitcast(v, I32x16)
-        odd = b.and_(b.lshr(bits, const(I32x16, 16)), const(I32x16, 1))
-        halves.append(b.add(b.add(bits, odd), const(I32x16, 0x7FFF)))
-    return b.or_(b.lshr(halves[0], const(I32x16, 16)), b.and_(halves[1], const(I32x16, -65536)))
+def _to_bf16(e: Emit, low: Any, high: Any) -> Any:
+    """32 float32, rounded to bf16 (ties to even)."""
+    bits = e.call("llvm.x86.avx512bf16.cvtne2ps2bf16.512", _BF16x32, [high, low])
+    return e.b.bitcast(bits, vec(I16, 2 * LANES))
 
 
-def _pairs_of(e: Emit, parts: list[Any]) -> Any:
-    """32 consecutive float32 in two vectors, rounded to bf16, as a vector of 16 lanes."""
-    even = e.shuffle(parts[0], parts[1], range(0, 2 * LANES, 2))
-    odd = e.shuffle(parts[0], parts[1], range(1, 2 * LANES, 2))
-    return e.b.bitcast(_pair_bf16(e, even, odd), F32x16)
+def _interleave_bf16(e: Emit, rows: list[Any]) -> Any:
+    """Two vectors rounded to bf16: lane i of both in the halves of 32-bit lane i."""
+    bits = _to_bf16(e, rows[0], rows[1])
+    pairs = e.shuffle(bits, bits, [x for i in range(LANES) for x in (i, i + LANES)])
+    return e.b.bitcast(pairs, F32x16)
 
 
 def _emit_tile(
@@ -124,13 +127,17 @@ def _scores_code(form: int) -> Any:
         e = Emit(builder)
         if form == FORM_BF16 and not HAS_BF16_DOT:  # never called
             return context.get_dummy_value()
-        _, keys, queries, n_panels, out = args
+        _, keys, queries, n_panels, out, ahead, ahead_stride, ahead_lines = args
         acc = [[e.variable(const(F32x16, 0.0)) for _ in range(VECTORS)] for _ in range(TILE)]
         n = PANEL * size // 4
         with e.loop(0, n_panels) as p:
+            line = e.add(ahead, e.mul(p, e.mul(ahead_lines, 64)))
+            with e.loop(0, ahead_lines) as i:
+                for m in range(TILE):
+                    e.prefetch(e.add(line, e.mul(ahead_stride, m)), e.mul(i, 64))
             _emit_tile(
                 e, form, acc,
-                e.add(keys, e.mul(p, BLOCK_ROWS * PANEL * size)), PANEL * size, 4,
+                e.add(keys, e.mul(p, BLOCK_ROWS * PANEL * size + PANEL_GAP)), PANEL * size, 4,
                 e.add(queries, e.mul(p, n * _ROW_BYTES)), e.i64(n),
             )  # fmt: skip
         for m, sums in enumerate(acc):
@@ -142,13 +149,17 @@ def _scores_code(form: int) -> Any:
 
 
 @literal_intrinsic
-def scores_tile(typingctx: Any, form: Any, keys: Any, queries: Any, n_panels: Any, out: Any) -> Any:
+def scores_tile(
+    typingctx: Any, form: Any, keys: Any, queries: Any, n_panels: Any, out: Any, ahead: Any,
+    ahead_stride: Any, ahead_lines: Any,
+) -> Any:  # fmt: skip
     """out[m, lane] = key m . query of the lane, for TILE rows m of a block of keys.
 
     keys: address of the first row in the first panel; queries: the group's transposed queries;
-    out: float32 [TILE, LANE_GROUP].
+    out: float32 [TILE, LANE_GROUP]. Meanwhile TILE rows of the next block, ahead_stride bytes
+    apart, come from memory, ahead_lines cache lines of each row with every panel.
     """
-    return types.void(form, *[types.int64] * 4), _scores_code(form.literal_value)
+    return types.void(form, *[types.int64] * 7), _scores_code(form.literal_value)
 
 
 def _values_code(form: int) -> Any:
@@ -186,6 +197,84 @@ def values_tile(
     return types.void(form, *[types.int64] * 6), _values_code(form.literal_value)
 
 
+def _exp2(e: Emit, form: int, x: Any) -> Any:
+    """2^x for x <= 0, exactly 1 for 0, within 2e-7 of the value (4e-6 if it is rounded to bf16)."""
+    b = e.b
+    x = e.maximum(x, const(F32x16, -126.0))
+    magic = const(F32x16, 12582912.0)  # 1.5 * 2^23: the low bits of the sum are the integer
+    shifted = b.fadd(x, magic)
+    r = b.fsub(x, b.fsub(shifted, magic))
+    coefficients = _EXP2_F32 if form == FORM_F32 else _EXP2_BF16
+    p = const(F32x16, coefficients[0])
+    for coefficient in coefficients[1:]:
+        p = e.fma(p, r, const(F32x16, coefficient))
+    exponent = b.shl(b.bitcast(shifted, I32x16), const(I32x16, 23))
+    return b.bitcast(b.add(b.bitcast(p, I32x16), exponent), F32x16)
+
+
+def _softmax_code(form: int) -> Any:
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e, b = Emit(builder), builder
+        if form == FORM_BF16 and not HAS_BF16_DOT:  # never called
+            return context.get_dummy_value()
+        _, scores, rows, first, limits, state, alpha = args
+        low, zero = const(F32x16, float("-inf")), const(F32x16, 0.0)
+        every = range(VECTORS)
+        begin = e.splat(b.trunc(first, I32))
+        limit = [b.sub(e.load(I32x16, limits, 64 * v), begin) for v in every]
+        before = [e.load(F32x16, state, 64 * v) for v in every]
+        largest = [e.variable(before[v]) for v in every]
+        total = [e.variable(zero) for _ in every]
+
+        def passes(masked: bool) -> None:
+            def choose(r: Any, v: int, value: Any, other: Any) -> Any:
+                if not masked:
+                    return value
+                row = e.splat(b.trunc(r, I32))
+                return e.select(b.icmp_signed("<", row, limit[v]), value, other)
+
+            with e.loop(0, rows) as r:
+                for v in every:
+                    s = e.load(F32x16, e.add(scores, e.mul(r, _ROW_BYTES)), 64 * v)
+                    e.set(largest[v], e.maximum(e.get(largest[v]), choose(r, v, s, low)))
+            # A lane that has seen nothing yet would compute inf - inf.
+            m = [e.maximum(e.get(largest[v]), const(F32x16, -1e38)) for v in every]
+            with e.loop(0, rows, 2) as r:
+                source = e.add(scores, e.mul(r, _ROW_BYTES))
+                for v in every:
+                    p = []
+                    for i in range(2):
+                        s = e.load(F32x16, source, i * _ROW_BYTES + 64 * v)
+                        p.append(choose(e.add(r, i), v, _exp2(e, form, b.fsub(s, m[v])), zero))
+                    if form == FORM_F32:
+                        e.store(p[0], source, 64 * v)
+                        e.store(p[1], source, _ROW_BYTES + 64 * v)
+                        e.set(total[v], b.fadd(e.get(total[v]), b.fadd(p[0], p[1])))
+                    else:
+                        pair = _interleave_bf16(e, p)
+                        e.store(pair, e.add(scores, e.mul(b.lshr(r, e.i64(1)), _ROW_BYTES)), 64 * v)
+                        ones = const(I32x16, 0x3F803F80)
+                        e.set(total[v], _multiply_add(e, form, pair, ones, e.get(total[v])))
+
+        least = b.sext(e.load(I32, limits), I64)  # limits ascend
+        with b.if_else(b.icmp_signed("<=", e.add(first, rows), least)) as (whole, part):
+            with whole:
+                passes(False)
+            with part:
+                passes(True)
+        for v in every:
+            m = e.get(largest[v])
+            factor = _exp2(e, FORM_F32, b.fsub(before[v], e.maximum(m, const(F32x16, -1e38))))
+            factor = e.select(b.fcmp_ordered(">", before[v], low), factor, zero)
+            e.store(factor, alpha, 64 * v)
+            e.store(m, state, 64 * v)
+            old = e.load(F32x16, state, _ROW_BYTES + 64 * v)
+            e.store(e.fma(old, factor, e.get(total[v])), state, _ROW_BYTES + 64 * v)
+        return context.get_dummy_value()
+
+    return codegen
+
+
 @literal_intrinsic
 def softmax_block(
     typingctx: Any, form: Any, scores: Any, rows: Any, first: Any, limits: Any, state: Any,
@@ -193,63 +282,12 @@ def softmax_block(
 ) -> Any:  # fmt: skip
     """One block of an online softmax, in place: scores [rows, LANE_GROUP] become probabilities.
 
-    Row r of lane i becomes exp(score - m), or 0 if first + r >= limits[i] (int32). state: float32
-    running maxima m [LANE_GROUP], then sums [LANE_GROUP]; alpha [LANE_GROUP]: what everything
-    before this block must be multiplied by. rows is even; FORM_BF16 leaves pairs of rows in
-    rows / 2 rows, and the sum is of the rounded probabilities.
+    Row r of lane i becomes 2^(score - m), or 0 if first + r >= limits[i] (int32, ascending).
+    state: float32 running maxima m [LANE_GROUP], then sums [LANE_GROUP]; alpha [LANE_GROUP]: what
+    everything before this block must be multiplied by. rows is even; FORM_BF16 leaves pairs of
+    rows in rows / 2 rows, and the sum is of the rounded probabilities.
     """
-    form_value = form.literal_value
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e, b = Emit(builder), builder
-        _, scores, rows, first, limits, state, alpha = args
-        low, zero = const(F32x16, float("-inf")), const(F32x16, 0.0)
-        every = range(VECTORS)
-        begin = e.splat(b.trunc(first, I32))
-        limit = [b.sub(e.load(I32x16, limits, 64 * v), begin) for v in every]
-
-        def visible_scores(r: Any, v: int) -> tuple[Any, Any]:
-            mask = b.icmp_signed("<", e.splat(b.trunc(r, I32)), limit[v])
-            return mask, e.load(F32x16, e.add(scores, e.mul(r, _ROW_BYTES)), 64 * v)
-
-        before = [e.load(F32x16, state, 64 * v) for v in every]
-        largest = [e.variable(before[v]) for v in every]
-        with e.loop(0, rows) as r:
-            for v in every:
-                mask, s = visible_scores(r, v)
-                e.set(largest[v], e.maximum(e.get(largest[v]), e.select(mask, s, low)))
-        # A lane that has seen nothing yet would compute inf - inf.
-        m = [e.get(largest[v]) for v in every]
-        finite = [e.select(b.fcmp_ordered(">", m[v], low), m[v], zero) for v in every]
-        total = [e.variable(zero) for _ in every]
-        with e.loop(0, rows, 2) as r:
-            for v in every:
-                p = []
-                for i in range(2):
-                    mask, s = visible_scores(e.add(r, i), v)
-                    p.append(e.select(mask, e.exp(b.fsub(s, finite[v])), zero))
-                if form_value == FORM_F32:
-                    at = e.add(scores, e.mul(r, _ROW_BYTES))
-                    e.store(p[0], at, 64 * v)
-                    e.store(p[1], at, _ROW_BYTES + 64 * v)
-                else:
-                    pair = _pair_bf16(e, *p)
-                    e.store(pair, e.add(scores, e.mul(b.lshr(r, e.i64(1)), _ROW_BYTES)), 64 * v)
-                    p = [
-                        b.bitcast(b.shl(pair, const(I32x16, 16)), F32x16),
-                        b.bitcast(b.and_(pair, const(I32x16, -65536)), F32x16),
-                    ]
-                e.set(total[v], b.fadd(e.get(total[v]), b.fadd(*p)))
-        for v in every:
-            factor = e.exp(b.fsub(before[v], finite[v]))
-            factor = e.select(b.fcmp_ordered(">", before[v], low), factor, zero)
-            e.store(factor, alpha, 64 * v)
-            e.store(m[v], state, 64 * v)
-            old = e.load(F32x16, state, _ROW_BYTES + 64 * v)
-            e.store(e.fma(old, factor, e.get(total[v])), state, _ROW_BYTES + 64 * v)
-        return context.get_dummy_value()
-
-    return types.void(form, *[types.int64] * 6), codegen
+    return types.void(form, *[types.int64] * 6), _softmax_code(form.literal_value)
 
 
 # Copies
@@ -282,19 +320,19 @@ def pack_rows_f32(
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
         _, source, stride, n_rows, rows, n_columns, out = args
-        place = e.variable(out)
-        with e.loop(0, n_columns, PANEL) as first:
-            with e.loop(0, rows) as r:
-                here = e.add(e.add(source, e.mul(r, stride)), e.mul(first, size))
-                left = b.sub(n_columns, first)
-                left = b.select(b.icmp_signed("<", r, n_rows), left, e.i64(0))
+        with e.loop(0, rows) as r:
+            row = e.add(source, e.mul(r, stride))
+            place = e.variable(e.add(out, e.mul(r, _ROW_BYTES)))
+            whole = b.select(b.icmp_signed("<", r, n_rows), n_columns, e.i64(0))
+            with e.loop(0, n_columns, PANEL) as first:
+                here, left = e.add(row, e.mul(first, size)), b.sub(whole, first)
                 for v in range(VECTORS):
                     n = b.sub(left, e.i64(LANES * v))
                     value = _load_columns(e, kind_value, e.add(here, LANES * size * v), n)
                     if kind_value == KIND_BF16:
                         value = e.bf16(value)
-                    e.store(value, e.add(e.get(place), e.mul(r, _ROW_BYTES)), 64 * v)
-            e.set(place, e.add(e.get(place), BLOCK_ROWS * PANEL * 4))
+                    e.store(value, e.get(place), 64 * v)
+                e.set(place, e.add(e.get(place), BLOCK_ROWS * PANEL * 4 + PANEL_GAP))
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 6), codegen
@@ -317,15 +355,17 @@ def pack_rows_bf16(
         if not HAS_BF16_DOT:  # never called
             return context.get_dummy_value()
         _, source, stride, n_rows, rows, n_columns, keys, values = args
-        panel = e.variable(e.i64(0))  # bytes
-        with e.loop(0, n_columns, PANEL) as first:
-            with e.loop(0, rows, 2) as r:
+        with e.loop(0, rows, 2) as r:
+            panel = e.variable(e.mul(r, PANEL * 2))
+            sources, whole = [], []
+            for i in range(2):
+                row = e.add(r, i)
+                sources.append(e.add(source, e.mul(row, stride)))
+                whole.append(b.select(b.icmp_signed("<", row, n_rows), n_columns, e.i64(0)))
+            with e.loop(0, n_columns, PANEL) as first:
                 bits = []
                 for i in range(2):
-                    row = e.add(r, i)
-                    here = e.add(e.add(source, e.mul(row, stride)), e.mul(first, size))
-                    left = b.sub(n_columns, first)
-                    left = b.select(b.icmp_signed("<", row, n_rows), left, e.i64(0))
+                    here, left = e.add(sources[i], e.mul(first, size)), b.sub(whole[i], first)
                     parts = [
                         _load_columns(
                             e, kind_value, e.add(here, LANES * size * v),
@@ -334,21 +374,19 @@ def pack_rows_bf16(
                         for v in range(VECTORS)
                     ]  # fmt: skip
                     if kind_value == KIND_F32:
-                        pairs = _pairs_of(e, parts)
-                        bits.append(b.bitcast(pairs, vec(I16, 2 * LANES)))
+                        bits.append(_to_bf16(e, parts[0], parts[1]))
                     else:
                         bits.append(e.shuffle(parts[0], parts[1], range(2 * LANES)))
+                at = e.get(panel)
                 with b.if_then(b.icmp_signed("!=", keys, e.i64(0))):
-                    at = e.add(e.add(keys, e.get(panel)), e.mul(r, PANEL * 2))
-                    e.store(bits[0], at)
-                    e.store(bits[1], at, PANEL * 2)
+                    e.store(bits[0], e.add(keys, at))
+                    e.store(bits[1], e.add(keys, at), PANEL * 2)
                 with b.if_then(b.icmp_signed("!=", values, e.i64(0))):
-                    at = e.add(e.add(values, e.get(panel)), e.mul(r, PANEL * 2))
                     for v in range(VECTORS):
                         lanes = [x for j in range(LANES * v, LANES * v + LANES)
                                  for x in (j, j + 2 * LANES)]  # fmt: skip
-                        e.store(e.shuffle(bits[0], bits[1], lanes), at, 64 * v)
-            e.set(panel, e.add(e.get(panel), BLOCK_ROWS * PANEL * 2))
+                        e.store(e.shuffle(bits[0], bits[1], lanes), e.add(values, at), 64 * v)
+                e.set(panel, e.add(at, BLOCK_ROWS * PANEL * 2 + PANEL_GAP))
         return context.get_dummy_value()
 
     return types.void(kind, *[types.int64] * 7), codegen
@@ -375,8 +413,9 @@ def _transpose(e: Emit, rows: list[Any]) -> list[Any]:
 def pack_queries(
     typingctx: Any, form: Any, q: Any, stride: Any, n: Any, n_columns: Any, scale: Any, out: Any
 ) -> Any:
-    """A group's queries, n <= LANE_GROUP rows of n_columns float32, times scale, transposed.
+    """A group's queries, n <= LANE_GROUP rows of n_columns float32, transposed.
 
+    They are multiplied by scale * log2(e), as `softmax_block` raises 2 to the power of the scores.
     out: [columns padded to whole panels][LANE_GROUP] float32, or pairs of bf16. Lanes from n on
     repeat the last query.
     """
@@ -385,8 +424,10 @@ def pack_queries(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
+        if form_value == FORM_BF16 and not HAS_BF16_DOT:  # never called
+            return context.get_dummy_value()
         _, q, stride, n, n_columns, scale, out = args
-        factor = e.splat(b.fptrunc(scale, FLOAT))
+        factor = e.splat(b.fptrunc(b.fmul(scale, const(scale.type, math.log2(math.e))), FLOAT))
         padded = e.mul(b.sdiv(e.add(n_columns, PANEL - 1), e.i64(PANEL)), PANEL)
         with e.loop(0, padded, LANES * vectors) as column, e.loop(0, VECTORS) as v:
             rows = []
@@ -398,7 +439,10 @@ def pack_queries(
                     mask = e.lanes_below(b.sub(n_columns, e.add(column, LANES * k)))
                     part = e.load_masked(F32x16, e.add(at, 64 * k), mask)
                     parts.append(b.fmul(part, factor))
-                rows.append(parts[0] if form_value == FORM_F32 else _pairs_of(e, parts))
+                if form_value == FORM_F32:
+                    rows.append(parts[0])
+                else:
+                    rows.append(b.bitcast(_to_bf16(e, parts[0], parts[1]), F32x16))
             at = e.mul(b.sdiv(column, e.i64(vectors)), _ROW_BYTES)
             at = e.add(e.add(out, at), e.mul(v, 64))
             for i, row in enumerate(_transpose(e, rows)):

@@ -425,23 +425,31 @@ def absorb_v(o_lat: F32, w_kv_b: Weight, v_head_dim: int, threads: int = 1) -> F
     return out
 
 
-def _aligned(n_bytes: int) -> npt.NDArray[np.uint8]:
-    """Memory that begins with a cache line."""
-    memory = empty((n_bytes + 64,), np.uint8)
-    skip = -address(memory) % 64
-    return memory[skip : skip + n_bytes]
+#: Sums of a decode attention that exist at a time; more tokens take several turns.
+_MAX_STATE_BYTES = 64 << 20
+_work_space: list[npt.NDArray[np.uint8]] = []
 
 
-def _scratch(slot_bytes: int, slots: int) -> tuple[npt.NDArray[np.uint8], int]:
-    """Work space of `kernels.attention`, and the size of a slot; the layers of a tape share it."""
-    slot_bytes = -(-slot_bytes // 64) * 64
+def _take_work_space(n_bytes: int) -> npt.NDArray[np.uint8]:
+    """Memory that begins with a cache line; new pages are dear, so `_work_space` keeps some.
+
+    `_put_back` it after use. The layers of a tape, played one after another, share theirs.
+    """
     tape = active_tape()
-    shared = {} if tape is None else tape.shared
-    if (slot_bytes, slots) not in shared:
-        memory = _aligned(slots * (SLOT_CELL + slot_bytes))
-        memory[: slots * SLOT_CELL] = 0
-        shared[slot_bytes, slots] = memory
-    return shared[slot_bytes, slots], slot_bytes
+    if tape is not None and n_bytes in tape.shared:
+        return tape.shared[n_bytes]
+    memory = _work_space.pop() if tape is None and _work_space else np.empty(0, dtype=np.uint8)
+    if len(memory) < n_bytes:
+        memory = np.empty(n_bytes + 64, dtype=np.uint8)
+        memory = memory[-address(memory) % 64 :]
+    if tape is not None:
+        tape.shared[n_bytes] = memory
+    return memory
+
+
+def _put_back(memory: npt.NDArray[np.uint8]) -> None:
+    if active_tape() is None:
+        _work_space.append(memory)
 
 
 def mla_decode(
@@ -462,32 +470,54 @@ def mla_decode(
         c_kv, k_pe = as_f32(c_kv), as_f32(k_pe)
     if c_kv.shape[1] != rank or k_pe.shape[1] != p_dim or min(len(c_kv), len(k_pe)) < start + n:
         raise ValueError(f"a cache of {c_kv.shape}, {k_pe.shape} for {start} + {n} tokens")
-    position = np.asarray(start, dtype=np.int64)  # a tape reads it when it is played
     out = empty(q_lat.shape)
+    if n == 1:  # may be recorded: `start` is then read when the tape is played
+        _decode_part(q_lat, q_pe, c_kv, k_pe, start, scale, threads, out)
+        return out
+    a_token = decode_splits(int(start), n) * decode_groups(1, n_heads) * state_bytes(rank)
+    step = max(1, _MAX_STATE_BYTES // a_token)
+    for t in range(0, n, step):
+        part = slice(t, t + step)
+        first = int(start) + t
+        _decode_part(q_lat[part], q_pe[part], c_kv, k_pe, first, scale, threads, out[part])
+    return out
+
+
+def _decode_part(
+    q_lat: F32, q_pe: F32, c_kv: F32 | U16, k_pe: F32 | U16, start: int | Position, scale: float,
+    threads: int, out: F32,
+) -> None:  # fmt: skip
+    (n, n_heads, rank), p_dim = q_lat.shape, q_pe.shape[2]
+    position = np.asarray(start, dtype=np.int64)
+    rows = int(start) + n if active_tape() is None else len(c_kv)
     is_bf16 = c_kv.dtype == np.uint16
     form = FORM_BF16 if is_bf16 and HAS_BF16_DOT else FORM_F32
-    rows = int(start) + n if active_tape() is None else len(c_kv)
     groups, splits = decode_groups(n, n_heads), decode_splits(rows - n, n)
-    slots = max(threads, 1)
-    scratch, slot_bytes = _scratch(decode_scratch_bytes(form, rank, p_dim), slots)
-    queries = _aligned(groups * query_bytes(form, rank, p_dim))
-    states = _aligned(splits * groups * state_bytes(rank))
-    items = empty((), np.int64)  # how many of them there are depends on the position
-    keep = (q_lat, q_pe, c_kv, k_pe, out, scratch, queries, states, items, position)
+    slots, slot_bytes = max(threads, 1), decode_scratch_bytes(form, rank, p_dim)
+    sizes = (
+        slots * (SLOT_CELL + slot_bytes), groups * query_bytes(form, rank, p_dim),
+        splits * groups * state_bytes(rank),
+    )  # fmt: skip
+    work = _take_work_space(sum(sizes))
+    work[: slots * SLOT_CELL] = 0
+    scratch = address(work)
+    queries = scratch + sizes[0]
+    states = queries + sizes[1]
+    items = empty((), np.int64)  # how many there are depends on the position
+    keep = (q_lat, q_pe, c_kv, k_pe, out, work, items, position)
     pack = (
-        form, address(q_lat), address(q_pe), address(queries), n * n_heads, rank, p_dim,
-        float(scale), groups, n, address(position), address(items),
+        form, address(q_lat), address(q_pe), queries, n * n_heads, rank, p_dim, float(scale),
+        groups, n, address(position), address(items),
     )  # fmt: skip
     run(decode_pack_range, pack, keep, groups)
     args = (
-        form, address(queries), weight_addresses(c_kv)[0], weight_addresses(k_pe)[0],
-        int(is_bf16), address(states), n, n_heads, rank, p_dim, address(position),
-        address(scratch), slots, slot_bytes,
+        form, queries, weight_addresses(c_kv)[0], weight_addresses(k_pe)[0], int(is_bf16), states,
+        n, n_heads, rank, p_dim, address(position), scratch, slots, slot_bytes,
     )  # fmt: skip
     run(decode_range, args, keep, items, 1, threads, n * n_heads * rows * rank // 16)
-    merge = (address(states), address(out), n, n_heads, rank, address(position))
+    merge = (states, address(out), n, n_heads, rank, address(position))
     run(decode_merge_range, merge, keep, n * n_heads, 1, threads, splits * out.nbytes // 2)
-    return out
+    _put_back(work)
 
 
 def mla_prefill(
@@ -511,17 +541,19 @@ def mla_prefill(
     out = empty((n, n_heads, v_dim))
     is_bf16 = k_pe.dtype == np.uint16
     form = FORM_BF16 if is_bf16 and HAS_BF16_DOT else FORM_F32
-    slots = max(threads, 1)
-    scratch, slot_bytes = _scratch(prefill_scratch_bytes(form, n_dim, p_dim, v_dim), slots)
+    slots, slot_bytes = max(threads, 1), prefill_scratch_bytes(form, n_dim, p_dim, v_dim)
+    work = _take_work_space(slots * (SLOT_CELL + slot_bytes))
+    work[: slots * SLOT_CELL] = 0
     args = (
         form, address(q_nope), address(q_pe), address(kv), weight_addresses(k_pe)[0], int(is_bf16),
         address(out), n, n_heads, n_dim, p_dim, v_dim, address(position), float(scale),
-        address(scratch), slots, slot_bytes,
+        address(work), slots, slot_bytes,
     )  # fmt: skip
     items = n_heads * -(-n // QUERY_BLOCK)
-    keep = (q_nope, q_pe, kv, k_pe, out, scratch, position)
+    keep = (q_nope, q_pe, kv, k_pe, out, work, position)
     cost = n * n_heads * (int(start) + n) * n_dim // 16
     run(prefill_range, args, keep, items, 1, threads, cost)
+    _put_back(work)
     return out
 
 

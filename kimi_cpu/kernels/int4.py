@@ -6,8 +6,9 @@ only the activations have to be de-interleaved, once per vector. With u = q + 8 
 dot(q, x) = dot(u, x) - 8 sum(x), and the accumulators simply start at -8 sum(x).
 
 Packed activations, per token and 512 elements (`PACK_BYTES`; zeros pad the last part):
-    4 x [64 even int8 | 64 odd int8 | 16 int32: -8 * the sum of a lane's 8 activations]
-    16 float32 scales, one a group of 32
+    4 x [64 even int8 | 64 odd int8]
+    16 int32: -8 * the sum of a group of 32
+    16 float32: the scales of the groups
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ from kimi_cpu.kernels.simd import (
 )
 
 PACK_ELEMENTS = 512
-PACK_BYTES = 4 * 192 + 64
+PACK_SUMS = 4 * 128
+PACK_SCALES = PACK_SUMS + 64
+PACK_BYTES = PACK_SCALES + 64
 PREFETCH_BYTES = 1024
 
 
@@ -52,7 +55,8 @@ def emit_dot_q8(e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any) -
         x_at = [e.add(x_c, e.mul(i, PACK_BYTES)) for x_c in x]
         w_at = [e.add(w_r, e.mul(i, PACK_ELEMENTS // 2)) for w_r in w]
         s_at = [e.add(s_r, e.mul(i, PACK_ELEMENTS // 16)) for s_r in scale]
-        x_scale = [e.load(F32x16, at, 4 * 192) for at in x_at]
+        x_sums = [e.load(I32x16, at, PACK_SUMS) for at in x_at]
+        x_scale = [e.load(F32x16, at, PACK_SCALES) for at in x_at]
         products = []  # weight scale times activation scale, a lane per group
         for s_r in s_at:
             if groups_left is None:
@@ -63,14 +67,18 @@ def emit_dot_q8(e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any) -
             products.append([e.b.fmul(w_scale, s) for s in x_scale])
         for block in range(4):
             if groups_left is None:
-                blocks(block, x_at, w_at, products)
+                blocks(block, x_at, x_sums, w_at, products)
                 continue
             left = e.b.sub(groups_left, e.i64(4 * block))
             with e.b.if_then(e.b.icmp_signed(">", left, e.i64(0))):
-                blocks(block, x_at, w_at, products, e.lanes_below(e.mul(left, 4)))
+                blocks(block, x_at, x_sums, w_at, products, e.lanes_below(e.mul(left, 4)))
 
-    def blocks(block: int, x_at: Any, w_at: Any, products: Any, mask: Any = None) -> None:
+    def blocks(
+        block: int, x_at: Any, x_sums: Any, w_at: Any, products: Any, mask: Any = None
+    ) -> None:
         lanes = [4 * block + lane // 4 for lane in range(LANES)]
+        # the sum of a group goes to one of its four lanes
+        first = [4 * block + lane // 4 if lane % 4 == 0 else LANES for lane in range(LANES)]
         weights = []
         for at in w_at:
             if mask is None:
@@ -82,9 +90,9 @@ def emit_dot_q8(e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any) -
                 raw = e.b.bitcast(words, vec(I8, 64))
             weights.append((e.b.and_(raw, nibble), e.b.lshr(raw, four)))
         for c, at in enumerate(x_at):
-            even = e.load(vec(I8, 64), at, 192 * block)
-            odd = e.load(vec(I8, 64), at, 192 * block + 64)
-            start = e.load(I32x16, at, 192 * block + 128)
+            even = e.load(vec(I8, 64), at, 128 * block)
+            odd = e.load(vec(I8, 64), at, 128 * block + 64)
+            start = e.shuffle(x_sums[c], const(I32x16, 0), first)
             for r, (low, high) in enumerate(weights):
                 total = e.b.sitofp(e.dot_u4_s8(start, low, even, high, odd), F32x16)
                 scales = e.shuffle(products[r][c], products[r][c], lanes)
@@ -125,34 +133,31 @@ def emit_dot_f32(e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any) 
 
 
 @intrinsic
-def _pack_group(typingctx: Any, x: Any, block: Any, scale: Any, slot: Any) -> Any:
-    """Quantise 32 float32 at x into place `slot` (0..3) of a packed block, scale to `scale`."""
+def _pack_group(typingctx: Any, x: Any, q: Any, sums: Any) -> Any:
+    """Quantise 32 float32 at x: 16 even int8 to q, odd ones to q + 64, sum and scale to `sums`."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
-        x, block, scale, slot = args
+        x, q_at, sums = args
         halves = [e.load(F32x16, x, 0), e.load(F32x16, x, 64)]
         sign = const(I32x16, 0x7FFFFFFF)
         absolute = [b.bitcast(b.and_(b.bitcast(h, I32x16), sign), F32x16) for h in halves]
         largest = e.max(e.maximum(*absolute))
         positive = b.fcmp_ordered(">", largest, const(FLOAT, 0.0))
         inverse = b.select(positive, b.fdiv(const(FLOAT, 127.0), largest), const(FLOAT, 0.0))
-        e.store(b.fmul(largest, const(FLOAT, 1 / 127)), scale)
+        e.store(b.fmul(largest, const(FLOAT, 1 / 127)), sums, PACK_SCALES - PACK_SUMS)
         q = [
             b.trunc(b.fptosi(e.round(b.fmul(h, e.splat(inverse))), I32x16), vec(I8)) for h in halves
         ]
         even = e.shuffle(q[0], q[1], range(0, 32, 2))
         odd = e.shuffle(q[0], q[1], range(1, 32, 2))
-        at = e.add(block, e.mul(slot, 16))
-        e.store(even, at)
-        e.store(odd, at, 64)
-        pairs = b.add(b.sext(even, I32x16), b.sext(odd, I32x16))
-        four = [e.shuffle(pairs, pairs, range(i, 16, 4)) for i in range(4)]
-        sums = b.add(b.add(four[0], four[1]), b.add(four[2], four[3]))
-        e.store(b.mul(sums, const(vec(I32, 4), -8)), at, 128)
+        e.store(even, q_at)
+        e.store(odd, q_at, 64)
+        total = e.sum_i32(b.add(b.sext(even, I32x16), b.sext(odd, I32x16)))
+        e.store(b.mul(total, const(I32, -8)), sums)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 4), codegen
+    return types.void(*[types.int64] * 3), codegen
 
 
 @jit
@@ -165,6 +170,8 @@ def pack_rows(x, d, out, start, stop, first, last):  # type: ignore[no-untyped-d
     for t in range(start, stop):
         for g in range(first // 32, last // 32):
             part = out + t * row_bytes + g // 16 * PACK_BYTES
+            place = g % 16
             _pack_group(
-                x + (t * d + g * 32) * 4, part + g % 16 // 4 * 192, part + 768 + g % 16 * 4, g % 4
-            )
+                x + (t * d + g * 32) * 4, part + place // 4 * 128 + place % 4 * 16,
+                part + PACK_SUMS + place * 4,
+            )  # fmt: skip

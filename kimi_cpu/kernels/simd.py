@@ -90,6 +90,21 @@ class Emit:
         lanes = ir.Constant(I32x16, [ir.Constant(I32, i) for i in range(LANES)])
         return self.b.icmp_signed("<", lanes, self.splat(self.b.trunc(self.i64(n), I32)))
 
+    def load_splat(self, element: ir.Type, addr: Any, offset: int = 0) -> Any:
+        """One number in memory, repeated to 64 bytes (16 times 4, or 64 int8 of 4 repeated)."""
+        if element == I8:
+            return self.b.bitcast(self.splat(self.load(I32, addr, offset)), vec(I8, 64))
+        return self.splat(self.load(element, addr, offset))
+
+    def scratch(self, n_bytes: int) -> Any:
+        """Address of n_bytes of the function's stack, 64-byte aligned, not initialised."""
+        slot = _cgutils.alloca_once(self.b, ir.ArrayType(I8, n_bytes + 64))
+        start = self.add(self.b.ptrtoint(slot, I64), 63)
+        # An empty asm hides where the address comes from: following it through all the loads
+        # and stores, LLVM's InstCombine takes half a minute.
+        hide = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
+        return self.b.call(hide, [self.b.and_(start, ir.Constant(I64, -64))])
+
     def load_masked(self, ty: ir.VectorType, addr: Any, mask: Any) -> Any:
         """Lanes outside the mask are zero and their memory is not touched."""
         suffix = f"v{ty.count}{'f32' if ty.element == FLOAT else f'i{ty.element.width}'}"
@@ -141,6 +156,37 @@ class Emit:
         mask = ir.Constant(vec(I32, len(lanes)), [ir.Constant(I32, i) for i in lanes])
         return self.b.shuffle_vector(a, b, mask)
 
+    def transpose(self, rows: Sequence[Any]) -> list[Any]:
+        """16 vectors of 16 lanes, as a matrix, transposed: 64 two-input shuffles."""
+
+        def each(low: Sequence[int]) -> list[int]:  # the same in each quarter of 4 lanes
+            return [4 * q + i if i < 4 else 12 + 4 * q + i for q in range(4) for i in low]
+
+        quads = []  # quads[q][k]: quarter c of the lanes holds column 4 c + k of rows 4 q .. + 3
+        for q in range(4):
+            a, b, c, d = rows[4 * q : 4 * q + 4]
+            low, high = each([0, 4, 1, 5]), each([2, 6, 3, 7])
+            ab, cd = [[self.shuffle(*pair, lanes) for lanes in (low, high)]
+                      for pair in ((a, b), (c, d))]  # fmt: skip
+            low, high = each([0, 1, 4, 5]), each([2, 3, 6, 7])
+            quads.append([
+                self.shuffle(ab[half], cd[half], lanes) for half in (0, 1) for lanes in (low, high)
+            ])  # fmt: skip
+
+        def quarters(*which: int) -> list[int]:
+            return [4 * w + i for w in which for i in range(4)]
+
+        out: list[Any] = [None] * LANES
+        for k in range(4):
+            even, odd = [
+                [self.shuffle(quads[2 * h][k], quads[2 * h + 1][k], quarters(*w)) for h in (0, 1)]
+                for w in ((0, 2, 4, 6), (1, 3, 5, 7))
+            ]
+            for pair, first in ((even, 0), (odd, 1)):
+                out[4 * first + k] = self.shuffle(*pair, quarters(0, 2, 4, 6))
+                out[4 * (first + 2) + k] = self.shuffle(*pair, quarters(1, 3, 5, 7))
+        return out
+
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c: one instruction, or two where there is no fused one."""
         name = "llvm.fmuladd.v16f32" if VARIANT == "portable" else "llvm.fma.v16f32"
@@ -165,6 +211,9 @@ class Emit:
 
     def sum(self, v: Any) -> Any:
         return self._fold(v, self.b.fadd)
+
+    def sum_i32(self, v: Any) -> Any:
+        return self._fold(v, self.b.add)
 
     def max(self, v: Any) -> Any:
         return self._fold(v, self.maximum)

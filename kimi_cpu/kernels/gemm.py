@@ -1,0 +1,217 @@
+"""Quantised weights times the int8 activations of many tokens.
+
+A panel of rows and 512 columns is repacked into the L1 cache as unsigned bytes with the rows in
+the lanes: a 64-byte vector holds 4 columns of 16 rows, so a dot product needs no sum across lanes
+and 4 activations of a token are one broadcast. All tokens pass over the panel, a tile of R row
+vectors times C tokens at a time, whose float32 sums wait in `out` between panels.
+
+Panel: per row vector and group of 32 columns (`GROUP_BYTES`): 8 vectors of bytes (4 with the
+even columns 8j + 0, 2, 4, 6, then 4 with the odd ones, the order of packed activations), and one
+vector of 16 float32 scales.
+
+A result is the sum, in the order of the groups, of (w scale * x scale) * the group's exact integer
+dot product. It depends neither on other tokens nor on the range of rows; the kernel for one token
+(`matmul.dot_tile`) adds in another order and may differ in the last bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import types
+
+from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, PACK_SCALES, PACK_SUMS
+from kimi_cpu.kernels.isa import VARIANT, jit
+from kimi_cpu.kernels.simd import (
+    FLOAT,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    Emit,
+    F32x16,
+    I32x16,
+    const,
+    intrinsic,
+    literal_intrinsic,
+    vec,
+)
+
+#: Row vectors and tokens of a tile; the int32 and the float32 sums must fit the registers.
+TILE_VECTORS, TILE_TOKENS = (2, 4) if VARIANT == "avx512vnni" else (1, 2)
+PANEL_ROWS = TILE_VECTORS * LANES
+GROUP_BYTES = 8 * 64 + 64
+VECTOR_BYTES = PACK_ELEMENTS // 32 * GROUP_BYTES
+
+
+@intrinsic
+def panel_scratch(typingctx: Any) -> Any:
+    """Address of room for one panel on the caller's stack."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return Emit(builder).scratch(TILE_VECTORS * VECTOR_BYTES)
+
+    return types.int64(), codegen
+
+
+def _load_words(e: Emit, addr: Any, mask: Any) -> Any:
+    return e.load(I32x16, addr) if mask is None else e.load_masked(I32x16, addr, mask)
+
+
+@intrinsic
+def fill_int4(
+    typingctx: Any, panel: Any, w: Any, scale: Any, row_bytes: Any, row: Any, last: Any,
+    n_groups: Any,
+) -> Any:  # fmt: skip
+    """One row vector of a panel from published INT4: rows `row` .. row + 15, at most `last`.
+
+    w and scale are the addresses of row 0 in the first of n_groups (at most 16) groups; row_bytes
+    is in_features / 2. Rows past `last` repeat it; groups past n_groups are left as they are.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e, b = Emit(builder), builder
+        panel, w, scale, row_bytes, row, last, n_groups = args
+        rows = [e.min(e.add(row, r), last) for r in range(LANES)]
+        w_at = [e.add(w, e.mul(r, row_bytes)) for r in rows]
+        scale_bytes = b.lshr(row_bytes, e.i64(3))
+        nibble, four = const(vec(I8, 64), 15), const(vec(I8, 64), 4)
+
+        def block(i: Any, mask: Any) -> None:
+            """4 groups, or those of the mask."""
+            for at in w_at if mask is None else ():
+                e.prefetch(e.add(at, e.mul(i, 64)), PACK_ELEMENTS // 2)
+            words = [_load_words(e, e.add(at, e.mul(i, 64)), mask) for at in w_at]
+            place = e.add(panel, e.mul(i, 4 * GROUP_BYTES))
+            for k, column in enumerate(e.transpose(words)):
+                u = b.bitcast(column, vec(I8, 64))
+                offset = k // 4 * GROUP_BYTES + k % 4 * 64
+                e.store(b.and_(u, nibble), place, offset)
+                e.store(b.lshr(u, four), place, offset + 256)
+
+        whole = b.lshr(n_groups, e.i64(2))
+        with e.loop(0, whole) as i:
+            block(i, None)
+        left = b.and_(n_groups, e.i64(3))
+        with b.if_then(b.icmp_signed(">", left, e.i64(0))):
+            block(whole, e.lanes_below(e.mul(left, 4)))
+        fill_scales(e, panel, [e.add(scale, e.mul(r, scale_bytes)) for r in rows], n_groups)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
+def fill_scales(e: Emit, panel: Any, at: list[Any], n_groups: Any) -> None:
+    """The scales of a row vector's panel from 16 rows of n_groups bf16 each."""
+    mask = e.lanes_below(n_groups)
+    bits = [e.b.zext(e.load_masked(vec(I16), a, mask), I32x16) for a in at]
+    for g, column in enumerate(e.transpose(bits)):
+        value = e.b.bitcast(e.b.shl(column, const(I32x16, 16)), F32x16)
+        e.store(value, panel, g * GROUP_BYTES + 512)
+
+
+@literal_intrinsic
+def gemm_tile(
+    typingctx: Any, tokens: Any, panel: Any, n_groups: Any, first: Any, x: Any, x_stride: Any,
+    index: Any, p: Any, p_last: Any, out: Any, out_stride: Any, row: Any, last: Any,
+) -> Any:  # fmt: skip
+    """out[p + c, row + i] += panel . x[index[p + c]], c < tokens (a literal), i < PANEL_ROWS.
+
+    x is the address of the packed activations' part that belongs to the panel; `first` panels
+    start sums at 0. Tokens past p_last repeat it, rows past `last` are not touched.
+    """
+    n_tokens = tokens.literal_value
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e, b = Emit(builder), builder
+        _, panel, n_groups, first, x, x_stride, index, p, p_last, out, out_stride, row, last = args
+        xs, outs = [], []
+        for c in range(n_tokens):
+            token = e.min(e.add(p, c), p_last)
+            xs.append(e.add(x, e.mul(e.load(I64, e.add(index, e.mul(token, 8))), x_stride)))
+            outs.append(e.add(e.add(out, e.mul(token, out_stride)), e.mul(row, 4)))
+        left = e.add(b.sub(last, row), 1)
+        is_first = b.icmp_signed("!=", first, e.i64(0))
+        shown = b.select(is_first, e.i64(0), left)
+        acc = [
+            [
+                e.variable(
+                    e.load_masked(
+                        F32x16, e.add(at, 64 * v), e.lanes_below(b.sub(shown, e.i64(LANES * v)))
+                    )
+                )
+                for at in outs
+            ]
+            for v in range(TILE_VECTORS)
+        ]
+        with e.loop(0, n_groups) as g:
+            part = e.add(panel, e.mul(g, GROUP_BYTES))
+            weights = [e.add(part, VECTOR_BYTES * v) for v in range(TILE_VECTORS)]
+            inside = e.add(e.mul(b.lshr(g, e.i64(2)), 128), e.mul(b.and_(g, e.i64(3)), 16))
+            starts = [e.load_splat(I32, e.add(at, e.mul(g, 4)), PACK_SUMS) for at in xs]
+            total = [list(starts) for _ in range(TILE_VECTORS)]
+            for j in range(4):
+                low = [e.load(vec(I8, 64), at, 64 * j) for at in weights]
+                high = [e.load(vec(I8, 64), at, 64 * j + 256) for at in weights]
+                for c, at in enumerate(xs):
+                    even = e.load_splat(I8, e.add(at, inside), 4 * j)
+                    odd = e.load_splat(I8, e.add(at, inside), 4 * j + 64)
+                    for v in range(TILE_VECTORS):
+                        total[v][c] = e.dot_u4_s8(total[v][c], low[v], even, high[v], odd)
+            scales = [e.load(F32x16, at, 512) for at in weights]
+            for c, at in enumerate(xs):
+                x_scale = e.load_splat(FLOAT, e.add(at, e.mul(g, 4)), PACK_SCALES)
+                for v in range(TILE_VECTORS):
+                    exact = b.sitofp(total[v][c], F32x16)
+                    e.set(acc[v][c], e.fma(exact, b.fmul(scales[v], x_scale), e.get(acc[v][c])))
+        for v in range(TILE_VECTORS):
+            mask = e.lanes_below(b.sub(left, e.i64(LANES * v)))
+            for c, at in enumerate(outs):
+                e.store_masked(e.get(acc[v][c]), e.add(at, 64 * v), mask)
+        return context.get_dummy_value()
+
+    return types.void(tokens, *[types.int64] * 12), codegen
+
+
+@jit
+def _fill_int4(panel, w, scale, row_bytes, row, last, n_groups):  # type: ignore[no-untyped-def]
+    for v in range(TILE_VECTORS):
+        fill_int4(
+            panel + v * VECTOR_BYTES, w, scale, row_bytes, row + v * LANES, last, n_groups
+        )  # fmt: skip
+
+
+@jit
+def _tiles(  # type: ignore[no-untyped-def]
+    panel, n_groups, first, x, x_stride, index, p_start, p_stop, out, out_stride, row, last
+):
+    for p in range(p_start, p_stop, TILE_TOKENS):
+        gemm_tile(
+            TILE_TOKENS, panel, n_groups, first, x, x_stride, index, p, p_stop - 1,
+            out, out_stride, row, last,
+        )  # fmt: skip
+
+
+@jit
+def gemm_rows(  # type: ignore[no-untyped-def]
+    x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
+):
+    """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop.
+
+    x: packed activations; w, scale: published INT4. Addresses, strides in bytes.
+    """
+    panel = panel_scratch()
+    n_parts = (d + PACK_ELEMENTS - 1) // PACK_ELEMENTS
+    for row in range(start, stop, PANEL_ROWS):
+        for part in range(n_parts):
+            n_groups = min(PACK_ELEMENTS, d - part * PACK_ELEMENTS) // 32
+            _fill_int4(
+                panel, w + part * (PACK_ELEMENTS // 2), scale + part * (PACK_ELEMENTS // 16),
+                d // 2, row, stop - 1, n_groups,
+            )  # fmt: skip
+            _tiles(
+                panel, n_groups, int(part == 0), x + part * PACK_BYTES, x_stride, index,
+                p_start, p_stop, out, out_stride, row, stop - 1,
+            )  # fmt: skip
