@@ -442,7 +442,9 @@ def run(
         cost: about the bytes it reads: small work is not handed over.
     """
     tape = active_tape()
-    op = _OPS[kernel]
+    op = _OPS.get(kernel)
+    if op is None:
+        raise TypeError(f"{kernel} is no operation yet: register it in kernels/ops.py")
     words = [float_bits(a) if isinstance(a, float) else a for a in args]
     if not isinstance(total, int):
         keep = (*keep, total)
