@@ -104,6 +104,15 @@ def test_top_k_with_ties_keeps_exactly_k_lowest_ids():
     assert set(np.flatnonzero(got)) == {0, 1}
 
 
+def test_cuts_at_their_borders():
+    # of tokens that tie at the border of top_k, the better ones stay before the lower ids
+    got = draws(SamplingParams(top_k=2, seed=1), np.array([1, 1, 5], np.float32), 300)
+    assert set(np.flatnonzero(got)) == {0, 2}
+    # the set whose mass is exactly top_p is large enough
+    got = draws(SamplingParams(top_p=0.5, seed=1), np.zeros(4, np.float32), 300)
+    assert set(np.flatnonzero(got)) == {0, 1}
+
+
 def test_same_seed_same_tokens_other_seed_other_tokens():
     logits = logits_of(4, 1000, 1.0)
 

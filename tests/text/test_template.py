@@ -457,6 +457,13 @@ def test_failures_name_the_template(
     assert caught.value.message.startswith("chat_template.jinja: ") and caught.value.hint
 
 
+def test_a_template_that_reads_otherwise_with_marks_is_refused() -> None:
+    template = ChatTemplate("a<|im_end|>", NAMES)
+    template._marked_template = ChatTemplate("b<|im_end|>", NAMES)._marked_template
+    with pytest.raises(TemplateError, match="cannot be followed"):
+        template.render_segments([])
+
+
 def test_endless_templates_are_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kimi_cpu.chat.template.MAX_SECONDS", 0.2)
     loops = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
