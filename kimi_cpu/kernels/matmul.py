@@ -2,7 +2,9 @@
 
 One vector (GEMV) is memory-bound: a tile reads several far-apart streams of rows, which the
 memory controller likes better than one. Many vectors (GEMM) reuse each row for a few vectors.
-Both add up a result in the same order, so a token does not see its neighbours.
+Both add up a result in the same order, so a token does not see its neighbours; only quantised
+weights times int8 activations have a kernel of their own for GEMM_TOKENS or more (`gemm`), which
+adds in another order: there the last bits of a result may depend on whether there are as many.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from numba.core import types
 
 from kimi_cpu.kernels.common import KIND_BF16, KIND_F32, KIND_INT4
 from kimi_cpu.kernels.dense import emit_dot
+from kimi_cpu.kernels.gemm import gemm_rows
 from kimi_cpu.kernels.int4 import emit_dot_f32, emit_dot_q8
 from kimi_cpu.kernels.isa import VARIANT, jit
 from kimi_cpu.kernels.simd import Emit, literal_intrinsic
@@ -26,6 +29,8 @@ TILE_ROWS = 4 if VARIANT == "avx512vnni" else 2
 TILE_TOKENS = 4
 #: Rows whose weights stay in the L2 cache while all tokens pass by.
 ROW_BLOCK = 32
+#: From so many tokens on, repacking a panel of quantised weights pays.
+GEMM_TOKENS = 4
 
 
 @literal_intrinsic
@@ -96,6 +101,11 @@ def dot_rows(  # type: ignore[no-untyped-def]
                 STREAMS, 1, kind, x, x_stride, index, p_start, p_start, out, out_stride,
                 w, scale, start + i, step, stop - 1, d,
             )  # fmt: skip
+        return
+    if kind == KIND_Q8 and p_stop - p_start >= GEMM_TOKENS:
+        gemm_rows(
+            x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
+        )  # fmt: skip
         return
     for block in range(start, stop, ROW_BLOCK):
         block_stop = min(block + ROW_BLOCK, stop)

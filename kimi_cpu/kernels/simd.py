@@ -98,12 +98,9 @@ class Emit:
 
     def scratch(self, n_bytes: int) -> Any:
         """Address of n_bytes of the function's stack, 64-byte aligned, not initialised."""
-        slot = _cgutils.alloca_once(self.b, ir.ArrayType(I8, n_bytes + 64))
-        start = self.add(self.b.ptrtoint(slot, I64), 63)
-        # An empty asm hides where the address comes from: following it through all the loads
-        # and stores, LLVM's InstCombine takes half a minute.
-        hide = ir.InlineAsm(ir.FunctionType(I64, [I64]), "", "=r,0")
-        return self.b.call(hide, [self.b.and_(start, ir.Constant(I64, -64))])
+        with self.b.goto_entry_block():  # not alloca_once: it fills with zeros, byte by byte
+            slot = self.b.alloca(ir.ArrayType(I8, n_bytes + 64))
+        return self.b.and_(self.add(self.b.ptrtoint(slot, I64), 63), ir.Constant(I64, -64))
 
     def load_masked(self, ty: ir.VectorType, addr: Any, mask: Any) -> Any:
         """Lanes outside the mask are zero and their memory is not touched."""

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_cpu.kernels import fast, reference
+from kimi_cpu.kernels.matmul import GEMM_TOKENS
 from kimi_cpu.quant import GROUP_SIZE, Int4Weight, f32_to_bf16, quantize_int4, unpack_int4
 
 SHAPES = [
@@ -95,11 +96,35 @@ def test_a_token_does_not_see_its_neighbours(inputs, kind):
     together = fast.linear(x, w)
     for t in range(len(x)):
         np.testing.assert_array_equal(together[t], fast.linear(x[t : t + 1], w)[0])
-    if kind == "int4":
-        together = fast.linear_q8(fast.quantize_activations(x), w)
-        for t in range(len(x)):
-            one = fast.linear_q8(fast.quantize_activations(x[t : t + 1]), w)
-            np.testing.assert_array_equal(together[t], one[0])
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_q8_a_token_does_not_see_its_neighbours(inputs, close, few):
+    """Bit for bit within the kernel for few tokens and within that for many (see `gemm`)."""
+    n = GEMM_TOKENS
+    x, w = inputs.f32(2 * n + 1, 608), inputs.weight("int4", 37, 608)
+    all_q = reference.linear_q8(reference.quantize_activations(x), w)
+    size = n - 1 if few else n
+    whole = fast.linear_q8(fast.quantize_activations(x[: n - 1] if few else x), w)
+    for t in range(len(whole) - size + 1):
+        part = fast.linear_q8(fast.quantize_activations(x[t : t + size]), w)
+        np.testing.assert_array_equal(whole[t : t + size], part)
+    one = fast.linear_q8(fast.quantize_activations(x[:1]), w)
+    if few:
+        np.testing.assert_array_equal(whole[:1], one)
+    close(whole, all_q[: len(whole)])
+    close(one, all_q[:1])
+
+
+@pytest.mark.parametrize("rows", [1, 31, 33, 100])
+def test_q8_gemm_does_not_depend_on_the_range_of_rows(inputs, rows):
+    x, w = inputs.f32(7, 608), inputs.weight("int4", rows, 608)
+    xq = fast.quantize_activations(x)
+    whole = fast.linear_q8(xq, w)
+    for start, stop in ((0, rows // 2), (rows // 2, rows), (rows - 1, rows)):
+        if start < stop:
+            part = Int4Weight(w.packed[start:stop], w.scale[start:stop])
+            np.testing.assert_array_equal(whole[:, start:stop], fast.linear_q8(xq, part))
 
 
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int4"])

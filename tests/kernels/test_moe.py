@@ -70,7 +70,7 @@ def test_only_chosen_experts_are_loaded_and_once(inputs):
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("kind", ["int4", "bf16"])
-def test_a_token_does_not_see_its_neighbours(inputs, precision, kind):
+def test_a_token_does_not_see_its_neighbours(inputs, close, precision, kind):
     table, _ = make_table(inputs, (kind,) * 3, 5, 96, 64)
     x = inputs.f32(12, 96)
     ids, weights = choose(inputs, 12, 5, 3)
@@ -78,16 +78,21 @@ def test_a_token_does_not_see_its_neighbours(inputs, precision, kind):
     for t in range(12):
         s = slice(t, t + 1)
         one = fast.moe(x[s], table, ids[s], weights[s], precision)
-        np.testing.assert_array_equal(together[s], one)
+        if precision == "fast" and kind == "int4":
+            # an expert with several tokens adds in another order, and the int8 rounding of the
+            # intermediate may then go one step the other way
+            close(one, together[s], 2e-3)
+        else:
+            np.testing.assert_array_equal(together[s], one)
 
 
-def test_parts_of_a_long_prompt(inputs, monkeypatch):
+def test_parts_of_a_long_prompt(inputs, close, monkeypatch):
     table, _ = make_table(inputs, ("int4",) * 3, 4, 64, 32)
     x = inputs.f32(11, 64)
     ids, weights = choose(inputs, 11, 4, 2)
     whole = fast.moe(x, table, ids, weights, "fast")
     monkeypatch.setattr(fast, "MOE_TOKENS", 4)
-    np.testing.assert_array_equal(whole, fast.moe(x, table, ids, weights, "fast"))
+    close(fast.moe(x, table, ids, weights, "fast"), whole, 2e-3)
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
