@@ -24,9 +24,19 @@ Observer = Callable[[str, tuple[Any, ...], Any, float], None]
 #: Parts of a token's time, in the order of a layer.
 PARTS = ("attention", "router", "experts", "shared experts", "dense MLP", "head", "other")
 
+#: Kernels that serve one part; of the others the weight tells.
+_PART_OF_KERNEL = {
+    "moe": "experts", "route": "router", "split": "attention", "rope": "attention",
+    "store_rows_at": "attention", "absorb_q": "attention", "absorb_v": "attention",
+    "mla_decode": "attention", "mla_prefill": "attention",
+}  # fmt: skip
+
 
 class ObservedKernels(ModuleType):
     """The functions of a kernels module, each call reported to an observer."""
+
+    #: A recorded pass would not be seen: a model on these kernels calls each of them every time.
+    recording = None
 
     def __init__(self, kernels: ModuleType, observer: Observer) -> None:
         super().__init__(kernels.__name__)
@@ -103,16 +113,13 @@ class PartTimer:
         self._part_of_weight.pop(id(None), None)
 
     def __call__(self, name: str, args: tuple[Any, ...], result: Any, seconds: float) -> None:
-        if name == "moe":
-            part = "experts"
-        elif name == "route":
-            part = "router"
-        elif name in ("rope", "absorb_q", "absorb_v", "mla_decode", "mla_prefill"):
-            part = "attention"
+        if name in _PART_OF_KERNEL:
+            part = _PART_OF_KERNEL[name]
         elif name == "silu_mul":  # between two projections of the same MLP
             part = self._part
-        else:  # linear(x, w, ...), rmsnorm(x, w, ...)
-            part = self._part_of_weight.get(id(args[1]), "other")
+        else:  # linear(x, w, ...), rmsnorm(x, w, ...) and what belongs to no part
+            weight = args[1] if len(args) > 1 else None
+            part = self._part_of_weight.get(id(weight), "other")
         self._part = part
         self.seconds[part] += seconds
 

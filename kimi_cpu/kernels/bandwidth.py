@@ -19,7 +19,7 @@ from kimi_cpu.kernels.common import address
 from kimi_cpu.kernels.simd import I32, Emit, I32x16, const, intrinsic, store_i32
 from kimi_cpu.kernels.threads import load_args, op_of, run
 
-#: Memory that a reader passes over; what the machine has left may allow less.
+#: Memory that a reader passes over, if the machine has it to spare.
 READ_BYTES = 1280 << 20
 #: A unit of work; every reader's streams divide it evenly.
 BLOCK_BYTES = 8 << 20
@@ -139,8 +139,8 @@ class DramReader:
     """A buffer of private memory and the readers that pass over it.
 
     Args:
-        n_bytes: size of the buffer; by default `READ_BYTES`, or a quarter of the free memory if
-            that is less, but never under 64 MB.
+        n_bytes: size of the buffer; by default `READ_BYTES`, or a sixteenth of the free memory
+            if that is less: a model may want the rest. Never under 64 MB.
 
     Attributes:
         n_bytes: the size chosen, whole blocks of `BLOCK_BYTES`.
@@ -148,7 +148,7 @@ class DramReader:
 
     def __init__(self, n_bytes: int | None = None) -> None:
         if n_bytes is None:
-            n_bytes = min(READ_BYTES, hardware.available_ram_bytes() // 4)
+            n_bytes = min(READ_BYTES, hardware.available_ram_bytes() // 16)
         self._n_blocks = max(_MIN_BLOCKS, n_bytes // BLOCK_BYTES)
         self.n_bytes = self._n_blocks * BLOCK_BYTES
         self._buffer = np.empty(self.n_bytes, dtype=np.uint8)
