@@ -401,7 +401,19 @@ def _cities() -> list[str]:
 
 
 def weather(rng: random.Random, scene: Scene) -> Turn:
-    count = 2 if rng.random() < 0.2 else 1
+    return _weather(rng, scene, 2 if rng.random() < 0.2 else 1)
+
+
+def weather_of_one(rng: random.Random, scene: Scene) -> Turn:
+    return _weather(rng, scene, 1)
+
+
+def weather_of_two(rng: random.Random, scene: Scene) -> Turn:
+    """Two calls in one message."""
+    return _weather(rng, scene, 2)
+
+
+def _weather(rng: random.Random, scene: Scene, count: int) -> Turn:
     cities = rng.sample(_cities(), count)
     ask = rng.choice(w.WEATHER_ASKS)
     user = ask.format(x=" and ".join(cities))
