@@ -117,7 +117,13 @@ def command(
     steps = len(tests) * len(thread_counts) * (repetitions + 1)
     records: list[dict[str, Any]] = []
     with tqdm(
-        total=steps, disable=None, leave=False, file=sys.stderr, bar_format=_BAR, mininterval=0
+        total=steps,
+        desc="starting",
+        disable=None,
+        leave=False,
+        file=sys.stderr,
+        bar_format=_BAR,
+        mininterval=0,
     ) as bar:
 
         def progress(text: str, complete: bool) -> None:
@@ -159,7 +165,7 @@ def command(
         )
 
 
-_BAR = "{desc} |{bar}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
+_BAR = "{desc} |{bar:24}| {n_fmt}/{total_fmt} [{elapsed}<{remaining}]"
 
 #: Fewer bytes per token than this may come from a cache instead of memory.
 _FITS_CACHE_BYTES = 64 << 20
