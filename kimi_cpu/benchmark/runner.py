@@ -34,8 +34,11 @@ from kimi_cpu.model import Ids, Model
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.summary import Summary, summarise
 
-#: Told (what is done now, whether a step of `Bench.steps` is complete with it).
+#: Told (what is done now, whether one of `count_steps` is complete with it).
 Progress = Callable[[str, bool], None]
+
+#: More of the files than this in memory is not cold. A few pages around the headers come back.
+_COLD_FRACTION = 0.05
 
 
 @dataclass(frozen=True)
@@ -170,6 +173,11 @@ def _stddev(values: list[float]) -> float:
     return statistics.stdev(values) if len(values) > 1 else 0.0
 
 
+def count_steps(tests: int, threads: int, repetitions: int) -> int:
+    """How many steps `Bench.run` reports, given numbers of tests, of thread counts, of samples."""
+    return tests * threads * (repetitions + 1)
+
+
 class Bench:
     """Measures tests on one checkpoint.
 
@@ -215,16 +223,14 @@ class Bench:
                     "Use smaller -p, -n or -d.",
                 )
 
-    def steps(self, tests: list[Test], threads: list[int]) -> int:
-        """How often `progress` will be told that a step is complete."""
-        return len(tests) * len(threads) * (self._repetitions + 1)
-
     def run(self, tests: list[Test], threads: list[int]) -> Iterator[Row]:
         """Measure every test with every number of threads.
 
         Raises UsageError (the context is too short; --cold does not work here).
         """
         self.check(tests)
+        if self._cold:
+            self._forget()  # says at once if it does not work
         ids = trace(self.config.vocab_size, max(test.end for test in tests), self._seed)
         for n_threads in threads:
             for test in tests:
@@ -349,7 +355,3 @@ class Bench:
             "n_layers": self.summary.n_layers,
             "n_batch": PREFILL_CHUNK,
         }
-
-
-#: More of the files than this in memory is not cold. A few pages around the headers come back.
-_COLD_FRACTION = 0.05

@@ -106,7 +106,7 @@ def command(
         bench_plot.check(plot)
     folder = common.model_folder(model)
     from kimi_cpu import hardware
-    from kimi_cpu.benchmark.runner import Bench, Test
+    from kimi_cpu.benchmark.runner import Bench, Test, count_steps
     from kimi_cpu.cli import bench_report as report
     from kimi_cpu.kernels import isa
 
@@ -114,7 +114,7 @@ def command(
     thread_counts = threads or [hardware.default_threads()]
     if not isa.is_cached():
         note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
-    steps = len(tests) * len(thread_counts) * (repetitions + 1)
+    steps = count_steps(len(tests), len(thread_counts), repetitions)
     records: list[dict[str, Any]] = []
     with tqdm(
         total=steps,

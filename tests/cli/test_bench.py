@@ -210,7 +210,7 @@ def test_progress_counts_every_step(tiny):
     )
     tests = [Test(4, 0), Test(0, 2)]
     assert len(list(bench.run(tests, [1, 2]))) == 4
-    assert sum(complete for _, complete in done) == 4 * 3
+    assert sum(complete for _, complete in done) == runner.count_steps(2, 2, 2) == 4 * 3
     assert done[0] == ("pp4, 1 thread: warm-up", False)
 
 
