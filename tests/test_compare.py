@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from bench.compare import OURS, Turn, markdown, relative_error, spec_of, summari
 from kimi_cpu.benchmark.runner import Test
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import UserError
+from kimi_cpu.kernels import bandwidth
 from kimi_cpu.quant import as_f32, dequantize, quantize_int4
 from kimi_cpu.store.checkpoint import Checkpoint
 from tests.tiny import tiny_checkpoint
@@ -64,8 +66,18 @@ def test_spec_is_what_the_peer_needs(tiny, tmp_path):
     assert spec["mha_shape"]["deepseek2.attention.key_length"] == config.qk_head_dim
 
 
-def test_our_own_turn_and_its_record(tiny, tmp_path, capfd):
-    """The whole program with this engine alone, in a process of its own."""
+def test_our_own_turn_and_its_record(tiny, tmp_path, monkeypatch, capfd):
+    """The whole program with this engine alone."""
+
+    def run_here(command: list[str], cwd: Path, **options: object) -> SimpleNamespace:
+        """What would be a process of its own."""
+        if command[0] == "git":
+            return SimpleNamespace(returncode=1, stdout="")
+        assert command[1:3] == ["-m", "bench.compare"]
+        return SimpleNamespace(returncode=compare.main(command[3:]))
+
+    monkeypatch.setattr(compare, "subprocess", SimpleNamespace(run=run_here))
+    monkeypatch.setattr(bandwidth, "READ_BYTES", 64 << 20)
     record = tmp_path / "results" / "here.jsonl"
     args = ["-m", str(tiny), "-p", "8", "-n", "2", "-d", "3", "-r", "1", "--rounds", "1"]
     code = compare.main([*args, "-t", "1", "--engines", OURS, "--results", str(record)])
@@ -75,7 +87,7 @@ def test_our_own_turn_and_its_record(tiny, tmp_path, capfd):
     [line] = record.read_text().splitlines()
     value = json.loads(line)
     assert set(value["table"]) == {"pp8 @ d3", "tg2 @ d3"}
-    assert value["seconds"][0]["engine"] == OURS and value["commit"]
+    assert value["seconds"][0]["engine"] == OURS and value["commit"] == ""
 
 
 @pytest.mark.parametrize(
