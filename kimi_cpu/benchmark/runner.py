@@ -299,10 +299,9 @@ class Bench:
 
     def _count(self, test: Test, threads: int, ids: Ids, context: SessionSnapshot) -> Traffic:
         counter = ExpertCounter()
-        _, session = self._observed(threads, counter, context)
+        model, session = self._observed(threads, counter, context)
         run_test(session, test, ids)
-        element_bytes = 4 if self._precision == "exact" else 2
-        return traffic(self.summary, test.passes(), counter.touched, element_bytes)
+        return traffic(model, test.passes(), counter.touched)
 
     def _split(
         self, test: Test, threads: int, ids: Ids, context: SessionSnapshot

@@ -8,7 +8,7 @@ measured one runs undisturbed.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from types import FunctionType, ModuleType
 from typing import Any
@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 
 from kimi_cpu.model import MLPWeights, Model, MoEWeights
-from kimi_cpu.store.summary import Summary
 
 #: Called after each kernel with (name, positional arguments, result, seconds).
 Observer = Callable[[str, tuple[Any, ...], Any, float], None]
@@ -77,6 +76,30 @@ class ExpertCounter:
             self.touched += len(np.unique(result[0]))
 
 
+def trunk_weights(model: Model) -> Iterator[tuple[str, Any]]:
+    """(part, weight) of everything that each token passes: all but embedding and experts."""
+
+    def of(part: str, weights: Any) -> Iterator[tuple[str, Any]]:
+        for field in fields(weights):
+            weight = getattr(weights, field.name)
+            if weight is not None:  # which projections of queries there are depends on the config
+                yield part, weight
+
+    for layer in model.layers:
+        yield "other", layer.input_layernorm
+        yield from of("attention", layer.self_attn)
+        yield "other", layer.post_attention_layernorm
+        if isinstance(layer.mlp, MLPWeights):
+            yield from of("dense MLP", layer.mlp)
+            continue
+        yield "router", layer.mlp.gate
+        yield "router", layer.mlp.e_score_correction_bias
+        if layer.mlp.shared_experts is not None:
+            yield from of("shared experts", layer.mlp.shared_experts)
+    yield "head", model.norm
+    yield "head", model.lm_head
+
+
 class PartTimer:
     """Observer that adds up seconds by part of the model; what no kernel spends is "other".
 
@@ -94,23 +117,7 @@ class PartTimer:
 
     def watch(self, model: Model) -> None:
         """Learn which part each of the model's weights belongs to; the model must stay alive."""
-
-        def learn(part: str, weights: Any) -> None:
-            for field in fields(weights):
-                self._part_of_weight[id(getattr(weights, field.name))] = part
-
-        for layer in model.layers:
-            learn("attention", layer.self_attn)
-            if isinstance(layer.mlp, MLPWeights):
-                learn("dense MLP", layer.mlp)
-            elif isinstance(layer.mlp, MoEWeights):
-                self._part_of_weight[id(layer.mlp.gate)] = "router"
-                if layer.mlp.shared_experts is not None:
-                    learn("shared experts", layer.mlp.shared_experts)
-        self._part_of_weight[id(model.norm)] = "head"
-        self._part_of_weight[id(model.lm_head)] = "head"
-        # Absent weights (no q_lora_rank) share one id.
-        self._part_of_weight.pop(id(None), None)
+        self._part_of_weight = {id(weight): part for part, weight in trunk_weights(model)}
 
     def __call__(self, name: str, args: tuple[Any, ...], result: Any, seconds: float) -> None:
         if name in _PART_OF_KERNEL:
@@ -135,12 +142,14 @@ class Traffic:
 
     Attributes:
         trunk_bytes, expert_bytes, cache_bytes: a token's share.
+        part_bytes: the same by part (see PARTS); latents belong to the attention.
         experts_per_pass: distinct experts of one pass and layer with experts; 0 without any.
     """
 
     trunk_bytes: float
     expert_bytes: float
     cache_bytes: float
+    part_bytes: dict[str, float]
     experts_per_pass: float
 
     @property
@@ -148,27 +157,36 @@ class Traffic:
         return self.trunk_bytes + self.expert_bytes + self.cache_bytes
 
 
-def traffic(
-    summary: Summary, passes: list[tuple[int, int]], experts_touched: int, cache_element_bytes: int
-) -> Traffic:
-    """The average of some forward passes.
+def traffic(model: Model, passes: list[tuple[int, int]], experts_touched: int) -> Traffic:
+    """The average of some forward passes, with the weights as the model holds them.
 
     Args:
-        summary: the checkpoint's figures.
+        model: what computed them.
         passes: (tokens before, tokens computed) of each.
         experts_touched: distinct experts, added up over passes and layers.
-        cache_element_bytes: 2 for bf16 latents, 4 for float32.
     """
+    config = model.config
     tokens = sum(n for _, n in passes)
-    embedding_row = summary.trunk_parts["embedding"] // summary.config["vocab_size"]
-    trunk = sum(summary.token_trunk_bytes + (n - 1) * embedding_row for _, n in passes)
-    row_bytes = summary.kv_token_bytes * cache_element_bytes // 2
-    cache = sum((before + n) * row_bytes for before, n in passes)
-    moe_layers = summary.n_layers - summary.n_dense_layers
-    per_pass = experts_touched / (len(passes) * moe_layers) if moe_layers else 0.0
+    part_bytes = dict.fromkeys(PARTS, 0.0)
+    for part, weight in trunk_weights(model):
+        part_bytes[part] += len(passes) * weight.nbytes / tokens
+    part_bytes["other"] += model.embed_tokens.nbytes / config.vocab_size  # a row a token
+    trunk_bytes = sum(part_bytes.values())
+
+    element_bytes = 4 if model.precision == "exact" else 2
+    row_bytes = (config.kv_lora_rank + config.qk_rope_head_dim) * element_bytes
+    cache_rows = sum(before + n for before, n in passes)
+    cache_bytes = cache_rows * row_bytes * config.num_hidden_layers / tokens
+    part_bytes["attention"] += cache_bytes
+
+    tables = [layer.mlp.experts for layer in model.layers if isinstance(layer.mlp, MoEWeights)]
+    if tables:  # of one size: the config's
+        expert_bytes = sum(w.nbytes for w in tables[0][0])
+        part_bytes["experts"] = experts_touched * expert_bytes / tokens
     return Traffic(
-        trunk_bytes=trunk / tokens,
-        expert_bytes=experts_touched * summary.one_expert_bytes / tokens,
-        cache_bytes=cache / tokens,
-        experts_per_pass=per_pass,
+        trunk_bytes=trunk_bytes,
+        expert_bytes=part_bytes["experts"],
+        cache_bytes=cache_bytes,
+        part_bytes=part_bytes,
+        experts_per_pass=experts_touched / (len(passes) * len(tables)) if tables else 0.0,
     )

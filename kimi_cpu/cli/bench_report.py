@@ -45,6 +45,7 @@ def record(row: Row, common: dict[str, Any]) -> dict[str, Any]:
         "trunk_bytes_per_token": row.traffic.trunk_bytes,
         "expert_bytes_per_token": row.traffic.expert_bytes,
         "cache_bytes_per_token": row.traffic.cache_bytes,
+        "part_bytes_per_token": row.traffic.part_bytes,
         "experts_per_pass": row.traffic.experts_per_pass,
         "disk_bytes_per_token": row.disk_bytes_per_token,
         "ceiling_bytes_per_s": row.ceiling_bytes_per_s,
@@ -54,6 +55,10 @@ def record(row: Row, common: dict[str, Any]) -> dict[str, Any]:
         "profile_ms": profile,
         "disk_wait_ms": None if row.disk_wait_s is None else row.disk_wait_s * 1e3,
     }
+
+
+#: Fields that are objects by part; columns of their own in CSV.
+_BY_PART = ("part_bytes_per_token", "profile_ms")
 
 
 def as_json(records: Sequence[dict[str, Any]]) -> str:
@@ -68,10 +73,11 @@ def as_jsonl(value: dict[str, Any]) -> str:
 
 def as_csv(value: dict[str, Any], header: bool) -> str:
     """One line of CSV, its header before it if asked for; lists are JSON, null is empty."""
-    flat = {key: v for key, v in value.items() if key != "profile_ms"}
-    split = value["profile_ms"] or {}
+    flat = {key: v for key, v in value.items() if key not in _BY_PART}
     for part in PARTS:
-        flat[f"profile_{part.replace(' ', '_')}_ms"] = split.get(part)
+        name = part.replace(" ", "_")
+        flat[f"{name}_bytes_per_token"] = value["part_bytes_per_token"][part]
+        flat[f"{name}_ms"] = (value["profile_ms"] or {}).get(part)
     cells = {key: json.dumps(v) if isinstance(v, list) else v for key, v in flat.items()}
     text = io.StringIO()
     writer = csv.DictWriter(text, list(cells), lineterminator="\n")
@@ -129,10 +135,12 @@ def md_footer(records: Sequence[dict[str, Any]]) -> str:
     first = records[0]
     rates = [r["ceiling_bytes_per_s"] / 1e9 for r in records]
     low, high = f"{min(rates):.1f}", f"{max(rates):.1f}"
+    n_runs = len(first["samples_ts"])
     lines = [
         "",
         f"kimi-cpu {first['build_version']}, {first['cpu_info']}, {first['kernels']}, "
-        f"{first['precision']}, {first['cache']} page cache, {len(first['samples_ts'])} runs",
+        f"{first['precision']}, {first['cache']} page cache, "
+        f"{n_runs} run{'s' if n_runs > 1 else ''} of each",
         f"memory reads at {low if low == high else f'{low}-{high}'} GB/s "
         "(best plain reader, between the runs)",
         "MB/token: weights and latents that a token makes the memory deliver; a prompt's tokens "
@@ -141,7 +149,13 @@ def md_footer(records: Sequence[dict[str, Any]]) -> str:
     ]
     split = [r for r in records if r["profile_ms"]]
     if split:
-        lines += ["", *_md_profile(split)]
+        lines += [
+            "",
+            *_md_profile(split),
+            "",
+            "measured in a run of its own, with a clock around every kernel; it is slower than the "
+            "runs above, which the engine records and plays without returning to Python",
+        ]
     return "\n".join(lines)
 
 
@@ -159,6 +173,11 @@ def _md_profile(records: Sequence[dict[str, Any]]) -> list[str]:
         if waits:
             row.append("?" if r["disk_wait_ms"] is None else f"{r['disk_wait_ms']:.3g}")
         rows.append(row)
+        if not r["n_prompt"]:  # else arithmetic decides, not memory
+            sizes = r["part_bytes_per_token"]
+            rates = [f"{sizes[part] / split[part] / 1e6:.3g} GB/s" for part in parts]
+            rate = f"{r['bytes_per_token'] / total / 1e6:.3g} GB/s"
+            rows.append(["", "", *rates, rate, *([""] if waits else [])])
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     rule = ["-" * widths[0], *(f"{'-' * (width - 1)}:" for width in widths[1:])]
     rows.insert(1, rule)

@@ -88,9 +88,10 @@ def test_csv_and_jsonl_have_the_same_fields(bench):
     _, text, _ = bench("-p", "4", "-n", "2", "-r", "1", "-o", "csv", "--profile")
     table = list(csv.DictReader(io.StringIO(text)))
     assert [r["test"] for r in table] == ["pp4", "tg2"]
-    missing = set(records[0]) - {"profile_ms"} - set(table[0])
-    assert not missing
-    assert float(table[0]["profile_shared_experts_ms"]) > 0
+    missing = set(records[0]) - set(table[0])
+    assert missing == {"profile_ms", "part_bytes_per_token"}
+    assert float(table[0]["shared_experts_ms"]) > 0
+    assert float(table[0]["head_bytes_per_token"]) > 0
     assert len(json.loads(table[0]["samples_ns"])) == 1
 
 
@@ -167,10 +168,11 @@ def test_bytes_of_a_decoded_token(tiny):
     # One token chooses K different experts in each layer that has experts.
     moe_layers = summary.n_layers - summary.n_dense_layers
     assert row.traffic.experts_per_pass == config.num_experts_per_tok
-    assert row.traffic.expert_bytes == summary.token_expert_bytes
+    shapes = 3 * 8 * config.num_experts_per_tok * moe_layers  # `weight_shape`: no token reads it
+    assert row.traffic.expert_bytes == summary.token_expert_bytes - shapes
     assert row.traffic.trunk_bytes == summary.token_trunk_bytes
+    assert sum(row.traffic.part_bytes.values()) == pytest.approx(row.traffic.total_bytes)
     assert row.traffic.cache_bytes == summary.kv_token_bytes * (5 + 6 + 7) / 3
-    assert moe_layers > 0
 
 
 def test_bytes_of_a_prompt(tiny):
