@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import signal
 import stat
 import sys
 import time
@@ -13,6 +14,7 @@ import time
 import pytest
 
 from kimi_cpu.cli.conversations import Conversation, ConversationStore
+from kimi_cpu.cli.prompting import Interrupt
 from kimi_cpu.errors import UsageError, UserError
 from tests.cli.conftest import FAKE, ROOT
 
@@ -93,6 +95,14 @@ def test_other_tools_ask_for_a_result(process, home, tmp_path):
     assert saved(home)["messages"][-2]["content"] == "", "the end of input is an empty result"
 
 
+def test_a_declared_calculator_replaces_the_built_in_one(process, tmp_path):
+    path = tmp_path / "tools.json"
+    path.write_text('[{"type": "function", "function": {"name": "calculator"}}]')
+    done = process("chat", "--temp", "0", "--tools", str(path), input="calc 2*3\nseven\n")
+    assert "The model calls calculator(2*3)" in done.stderr
+    assert done.stdout == "The tool says seven.\n"
+
+
 def test_rounds_of_tool_calls_are_bounded(process, home):
     (home / "conversations").mkdir(parents=True)
     done = process("chat", "--temp", "0", "--no-save", input="calc 'again'\n", FAKE_LOOP="1")
@@ -164,6 +174,31 @@ def test_names_and_new_files(home):
         with pytest.raises(UsageError):
             store.path(name)
     assert not list(store.folder.glob(".saving*"))
+
+
+def test_a_disk_that_fills_up_leaves_what_was_there(home, monkeypatch):
+    store, conversation = ConversationStore(), Conversation(system="first")
+    path = store.save(conversation)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    conversation.system = "second"
+    with pytest.raises(UserError, match="No space left"):
+        store.save(conversation)
+    assert store.load(conversation.name).system == "first"
+    assert list(store.folder.iterdir()) == [path], "no temporary file stays"
+
+
+def test_interrupt_gives_the_signal_back():
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupt(True) as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_folder_that_cannot_be_written(home, tmp_path):
