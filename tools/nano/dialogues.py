@@ -401,7 +401,7 @@ def _cities() -> list[str]:
 
 
 def weather(rng: random.Random, scene: Scene) -> Turn:
-    return _weather(rng, scene, 2 if rng.random() < 0.2 else 1)
+    return _weather(rng, scene, 2 if rng.random() < 0.4 else 1)
 
 
 def weather_of_one(rng: random.Random, scene: Scene) -> Turn:
@@ -429,7 +429,7 @@ def _weather(rng: random.Random, scene: Scene, count: int) -> Turn:
         answers.append(f"{city}: {degrees} C, {sky}.")
     calls = tuple(("get_weather", _args(city=city)) for city in cities)
     first = Step("I call get_weather.", calls=calls, results=tuple(results))
-    return Turn("tools", key, user, (first, Step("The tool answered.", " ".join(answers))))
+    return Turn("tools", key, user, (first, Step("The tool answered.", "\n".join(answers))))
 
 
 def price(rng: random.Random, scene: Scene) -> Turn:
