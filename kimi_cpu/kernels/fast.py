@@ -54,7 +54,7 @@ from kimi_cpu.kernels.int4 import (
     pack_rows,
     packed_bytes,
 )
-from kimi_cpu.kernels.matmul import KIND_Q8, TILE_TOKENS, matmul_range
+from kimi_cpu.kernels.matmul import KIND_Q8, matmul_range
 from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
 from kimi_cpu.kernels.router import route_rows
@@ -72,7 +72,6 @@ _ROW_GRAIN = 32
 _iota_lock = threading.Lock()
 _iota: I64 = np.arange(1024, dtype=np.int64)
 _iota_kept: list[I64] = [_iota]  # older ones may still be in use by another thread
-_ONES = np.ones(TILE_TOKENS, dtype=np.float32)
 
 
 def _iota_address(n: int) -> int:
@@ -395,8 +394,8 @@ def absorb_q(q_nope: F32, w_kv_b: Weight, threads: int = 1) -> F32:
         raise ValueError(f"kv_b has {rows} rows for {n_heads} heads of {n_dim}")
     out = empty((n, n_heads, rank))
     args = (
-        address(q_nope), weight_addresses(w)[0], int(w.dtype == np.uint16), address(_ONES),
-        address(out), n, n_heads, n_dim, rank, rows // n_heads,
+        address(q_nope), weight_addresses(w)[0], int(w.dtype == np.uint16), address(out), n,
+        n_heads, n_dim, rank, rows // n_heads,
     )  # fmt: skip
     run(absorb_q_range, args, (q_nope, w, out), n_heads, 1, threads, w.nbytes * (1 + n // 8) // 2)
     return out

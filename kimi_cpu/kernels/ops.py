@@ -15,7 +15,7 @@ from kimi_cpu.kernels.matmul import matmul_range
 from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
 from kimi_cpu.kernels.router import route_rows
-from kimi_cpu.kernels.rows import add_rows, split_rows, store_i64, store_rows, zero_heads
+from kimi_cpu.kernels.rows import add_rows, split_rows, store_i64, store_rows
 from kimi_cpu.kernels.simd import load_i64
 from kimi_cpu.kernels.threads import as_f64, load_args, op_of
 
@@ -75,9 +75,7 @@ def prefill(args, start, stop):  # type: ignore[no-untyped-def]
 
 @op_of(absorb_q_range)
 def absorb_q(args, start, stop):  # type: ignore[no-untyped-def]
-    out, n_tokens, n_heads, _, rank = load_args(args + 4 * 8, 5)
-    zero_heads(out, n_tokens, n_heads, rank, start, stop)
-    absorb_q_range(*load_args(args, 10), start, stop)
+    absorb_q_range(*load_args(args, 9), start, stop)
 
 
 @op_of(pack_rows)

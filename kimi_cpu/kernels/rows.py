@@ -8,7 +8,7 @@ from numba.core import types
 
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.norm_rope import _emit_pieces, _load, _store
-from kimi_cpu.kernels.simd import I16, I32, Emit, const, intrinsic, store_f32
+from kimi_cpu.kernels.simd import I16, I32, Emit, const, intrinsic
 
 
 @intrinsic
@@ -80,14 +80,6 @@ def store_rows(rows, out, is_bf16, d, position, start, stop):  # type: ignore[no
                 _to_bf16(rows + (i * d + j) * 4, out + ((position + i) * d + j) * 2)
         else:
             _copy(rows + i * d * 4, out + (position + i) * d * 4, d)
-
-
-@jit
-def zero_heads(out, n_tokens, n_heads, width, start, stop):  # type: ignore[no-untyped-def]
-    """out [T, H, width] float32 = 0 for the heads start .. stop-1."""
-    for t in range(n_tokens):
-        for i in range((stop - start) * width):
-            store_f32(out + ((t * n_heads + start) * width + i) * 4, 0.0)
 
 
 @intrinsic
