@@ -9,9 +9,12 @@ engine takes its turn in a process of its own, round after round in changing ord
 computes every test once to warm up and then repeats it. The table shows means over all rounds and
 how many times faster this engine is; a line is appended to bench/results/MACHINE.jsonl.
 
-ik_llama.cpp's wheels are built for AVX2: for a fair comparison on a newer CPU build it there
-(`pip install --no-binary ik-llama-cpp-python ik-llama-cpp-python`). Peers may live in virtual
-environments of their own: --python and --ik-python name their interpreters.
+ik_llama.cpp's wheels are built for AVX2. For a fair comparison on a newer CPU build its library there
+and name it in IK_LLAMA_CPP_LIB_PATH: unpack the source distribution (it cannot be installed: a file
+is missing), then `cmake -S vendor/ik_llama.cpp -B build -DCMAKE_BUILD_TYPE=Release
+-DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF`
+and `cmake --build build --target llama`. Peers may live in virtual environments of their own:
+--python and --ik-python name their interpreters.
 """
 
 from __future__ import annotations
@@ -19,11 +22,13 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -113,13 +118,13 @@ def spec_of(
     }
 
 
-def peer_turn(python: str, spec: dict[str, Any]) -> Turn:
-    """Measure a peer in a process of its own; UserError if it fails."""
+def peer_turn(python: str, spec: dict[str, Any], wrap: Sequence[str] = ()) -> Turn:
+    """Measure a peer in a process of its own, started by `wrap`; UserError if it fails."""
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "spec.json", Path(folder) / "result.json"
         question.write_text(json.dumps(spec))
         done = subprocess.run(
-            [python, "-m", "bench.peers", str(question), str(answer)],
+            [*wrap, python, "-m", "bench.peers", str(question), str(answer)],
             cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         )  # fmt: skip
         if done.returncode or not answer.exists():
@@ -253,6 +258,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--engines", default=",".join(ENGINES), help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--python", default=sys.executable, help="has llama-cpp-python and gguf")
     parser.add_argument("--ik-python", help="has ik-llama-cpp-python, if not --python")
+    parser.add_argument(
+        "--wrap", type=shlex.split, default=[], help="command that starts each turn, as numactl"
+    )
     parser.add_argument("--gguf", type=Path, help="keep the GGUF file here, and use it if it is")
     parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)  # where our turn's result goes
     parser.add_argument("--results", type=Path, help="file to append to (default: by machine)")
@@ -296,7 +304,7 @@ def compare(options: argparse.Namespace) -> None:
                     engine, path, config, tests, options.threads, options.repetitions,
                     options.seed,
                 )  # fmt: skip
-                turns.append(peer_turn(python, spec))
+                turns.append(peer_turn(python, spec, options.wrap))
     turns.sort(key=lambda turn: engines.index(turn.engine))
     table = summarise(turns, tests)
     text = markdown(table, turns, options.trunk)
@@ -326,7 +334,7 @@ def _our_turn_apart(options: argparse.Namespace) -> Turn:
         answer = Path(folder) / "result.json"
         model = str((options.ours or options.model).resolve())
         command = [
-            sys.executable, "-m", "bench.compare", "-m", model, "--turn", str(answer),
+            *options.wrap, sys.executable, "-m", "bench.compare", "-m", model, "--turn", str(answer),
             "-p", ",".join(map(str, options.n_prompt)), "-n", ",".join(map(str, options.n_gen)),
             "-d", ",".join(map(str, options.n_depth)), "-r", str(options.repetitions),
             "-t", str(options.threads), "--seed", str(options.seed),
