@@ -9,9 +9,9 @@ engine takes its turn in a process of its own, round after round in changing ord
 computes every test once to warm up and then repeats it. The table shows means over all rounds and
 how many times faster this engine is; a line is appended to bench/results/MACHINE.jsonl.
 
-ik_llama.cpp's wheels are built for AVX2. For a fair comparison on a newer CPU build its library there
-and name it in IK_LLAMA_CPP_LIB_PATH: unpack the source distribution (it cannot be installed: a file
-is missing), then `cmake -S vendor/ik_llama.cpp -B build -DCMAKE_BUILD_TYPE=Release
+ik_llama.cpp's wheels are built for AVX2. For a fair comparison on a newer CPU build its library
+there and name it in IK_LLAMA_CPP_LIB_PATH: unpack the source distribution (it cannot be installed,
+a file is missing), then `cmake -S vendor/ik_llama.cpp -B build -DCMAKE_BUILD_TYPE=Release
 -DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF`
 and `cmake --build build --target llama`. Peers may live in virtual environments of their own:
 --python and --ik-python name their interpreters.
@@ -334,7 +334,8 @@ def _our_turn_apart(options: argparse.Namespace) -> Turn:
         answer = Path(folder) / "result.json"
         model = str((options.ours or options.model).resolve())
         command = [
-            *options.wrap, sys.executable, "-m", "bench.compare", "-m", model, "--turn", str(answer),
+            *options.wrap, sys.executable, "-m", "bench.compare",
+            "-m", model, "--turn", str(answer),
             "-p", ",".join(map(str, options.n_prompt)), "-n", ",".join(map(str, options.n_gen)),
             "-d", ",".join(map(str, options.n_depth)), "-r", str(options.repetitions),
             "-t", str(options.threads), "--seed", str(options.seed),
