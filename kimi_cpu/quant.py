@@ -1,4 +1,4 @@
-"""Number formats of the checkpoint, defined in NumPy: bf16 and INT4 groups of 32.
+"""Number formats of weights, defined in NumPy: bf16, INT4 and int8 groups of 32.
 
 INT4 is compressed-tensors' `pack-quantized`, symmetric, group size 32 along the input
 dimension. Read as little-endian bytes, byte b of a row holds element 2b in its low nibble and
@@ -42,8 +42,30 @@ class Int4Weight:
         return self.packed.nbytes + self.scale.nbytes
 
 
-#: A linear weight [out_features, in_features]: bf16 bits (uint16), float32, or INT4.
-Weight = U16 | F32 | Int4Weight
+@dataclass(frozen=True)
+class Int8Weight:
+    """A linear layer's weight as int8 in groups of 32 along the input: w = q * scale.
+
+    Attributes:
+        q: int8 [out_features, in_features], values in [-127, 127].
+        scale: bf16 bits as uint16 [out_features, in_features / 32].
+    """
+
+    q: npt.NDArray[np.int8]
+    scale: U16
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return self.q.shape[0], self.q.shape[1]
+
+    @property
+    def nbytes(self) -> int:
+        return self.q.nbytes + self.scale.nbytes
+
+
+#: A linear weight [out_features, in_features]: bf16 bits (uint16), float32, INT4, or int8.
+Weight = U16 | F32 | Int4Weight | Int8Weight
 
 
 def bf16_to_f32(bits: U16) -> F32:
@@ -77,6 +99,21 @@ def quantize_int4(w: F32) -> Int4Weight:
     return Int4Weight(packed=packed.astype(np.uint8, copy=False), scale=scale)
 
 
+def quantize_int8(w: F32) -> Int8Weight:
+    """Round float32 [out, in] (in a multiple of 32) to int8 groups, scale = max |w| / 127.
+
+    The scale is rounded to bf16 first, and q divides by what was stored; it may lose half a step
+    of the largest element, which is clipped to 127.
+    """
+    out_features, in_features = w.shape
+    groups = w.reshape(out_features, in_features // GROUP_SIZE, GROUP_SIZE)
+    scale = f32_to_bf16(np.abs(groups).max(axis=2) / np.float32(127))
+    divisor = bf16_to_f32(scale)[:, :, None]
+    q = np.rint(np.divide(groups, divisor, out=np.zeros_like(groups), where=divisor > 0))
+    q = np.clip(q, -127, 127).astype(np.int8)
+    return Int8Weight(q.reshape(out_features, in_features), scale)
+
+
 def unpack_int4(packed: U8) -> npt.NDArray[np.int8]:
     """uint8 [out, in / 2] -> int8 [out, in] with values in [-8, 7]."""
     q = np.empty((packed.shape[0], packed.shape[1] * 2), dtype=np.int8)
@@ -90,4 +127,6 @@ def dequantize(weight: Weight) -> F32:
     if isinstance(weight, Int4Weight):
         scale = np.repeat(bf16_to_f32(weight.scale), GROUP_SIZE, axis=1)
         return unpack_int4(weight.packed).astype(np.float32) * scale
+    if isinstance(weight, Int8Weight):
+        return weight.q * np.repeat(bf16_to_f32(weight.scale), GROUP_SIZE, axis=1)
     return as_f32(weight)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.quant import F32, Int4Weight, Weight
+from kimi_cpu.quant import F32, Int4Weight, Int8Weight, Weight
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -45,21 +45,23 @@ class Q8:
 
 
 #: How a weight is stored, as the compiled kernels see it.
-KIND_F32, KIND_BF16, KIND_INT4 = 0, 1, 2
+KIND_F32, KIND_BF16, KIND_INT4, KIND_INT8 = 0, 1, 2, 3
 
 
 _BYTE: Any = ctypes.c_char
 
 
 def weight_kind(w: Weight) -> int:
-    """KIND_INT4, KIND_BF16 or KIND_F32; TypeError for anything else."""
+    """KIND_INT4, KIND_INT8, KIND_BF16 or KIND_F32; TypeError for anything else."""
     if isinstance(w, Int4Weight):
         return KIND_INT4
+    if isinstance(w, Int8Weight):
+        return KIND_INT8
     if w.dtype == np.uint16:
         return KIND_BF16
     if w.dtype == np.float32:
         return KIND_F32
-    raise TypeError(f"a weight must be INT4, bf16 bits (uint16) or float32, not {w.dtype}")
+    raise TypeError(f"a weight must be INT4, int8, bf16 bits (uint16) or float32, not {w.dtype}")
 
 
 def address(array: npt.NDArray[np.generic]) -> int:
@@ -76,6 +78,10 @@ def weight_addresses(w: Weight) -> tuple[int, int]:
         if not (w.packed.flags.c_contiguous and w.scale.flags.c_contiguous):
             raise ValueError("an INT4 weight must be C-contiguous")
         return address(w.packed), address(w.scale)
+    if isinstance(w, Int8Weight):
+        if not (w.q.flags.c_contiguous and w.scale.flags.c_contiguous):
+            raise ValueError("an int8 weight must be C-contiguous")
+        return address(w.q), address(w.scale)
     if not w.flags.c_contiguous:
         raise ValueError("a weight must be C-contiguous")
     return address(w), 0

@@ -54,14 +54,14 @@ from kimi_cpu.kernels.int4 import (
     pack_rows,
     packed_bytes,
 )
-from kimi_cpu.kernels.matmul import KIND_Q8, matmul_range
+from kimi_cpu.kernels.matmul import KIND_INT8_Q8, KIND_Q8, matmul_range
 from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
 from kimi_cpu.kernels.router import route_rows
 from kimi_cpu.kernels.rows import add_rows, split_rows, store_rows
 from kimi_cpu.kernels.threads import active_tape, empty, run
 from kimi_cpu.kernels.threads import recording as recording  # part of what the model needs
-from kimi_cpu.quant import F32, GROUP_SIZE, U16, Int4Weight, Weight, as_f32, dequantize
+from kimi_cpu.quant import F32, GROUP_SIZE, U16, Int4Weight, Int8Weight, Weight, as_f32, dequantize
 
 VARIANT = isa.VARIANT
 
@@ -152,8 +152,11 @@ def quantize_activations(x: F32) -> PackedQ8:
     return PackedQ8(data, (n, d))
 
 
-def linear_q8(xq: PackedQ8, w: Int4Weight, threads: int = 1) -> F32:
-    """As `reference.linear_q8`: xq [T, D] of `quantize_activations`, INT4 w [O, D] -> [T, O]."""
+def linear_q8(xq: PackedQ8, w: Int4Weight | Int8Weight, threads: int = 1) -> F32:
+    """As `reference.linear_q8`: xq [T, D] of `quantize_activations`, w [O, D] -> [T, O].
+
+    From GEMM_TOKENS tokens on another kernel adds in another order (`kernels.gemm`).
+    """
     rows, d = w.shape
     n = xq.shape[0]
     if xq.shape[1] != d:
@@ -161,8 +164,9 @@ def linear_q8(xq: PackedQ8, w: Int4Weight, threads: int = 1) -> F32:
     values, scales = weight_addresses(w)
     out = empty((n, rows))
     args = (
-        KIND_Q8, address(xq.data), packed_bytes(d), 0, _iota_address(n), n, address(out),
-        rows * 4, 0, values, scales, 0, rows, d,
+        KIND_INT8_Q8 if isinstance(w, Int8Weight) else KIND_Q8,
+        address(xq.data), packed_bytes(d), 0, _iota_address(n), n, address(out), rows * 4, 0, values,
+        scales, 0, rows, d,
     )  # fmt: skip
     run(matmul_range, args, (xq, w, out), rows, _ROW_GRAIN, threads, w.nbytes * (1 + n // 8))
     return out
@@ -381,7 +385,7 @@ def rope(x: F32, cos: F32, sin: F32) -> F32:
 
 
 def _dense(w: Weight) -> U16 | F32:
-    return dequantize(w) if isinstance(w, Int4Weight) else w
+    return dequantize(w) if isinstance(w, Int4Weight | Int8Weight) else w
 
 
 def absorb_q(q_nope: F32, w_kv_b: Weight, threads: int = 1) -> F32:

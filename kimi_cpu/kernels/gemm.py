@@ -18,10 +18,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
 from numba.core import types
 
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, PACK_SCALES, PACK_SUMS
+from kimi_cpu.kernels.int8 import bias_weights, dot_s8, start_sums
 from kimi_cpu.kernels.isa import VARIANT, jit
 from kimi_cpu.kernels.simd import (
     FLOAT,
@@ -103,6 +103,37 @@ def fill_int4(
     return types.void(*[types.int64] * 7), codegen
 
 
+@intrinsic
+def fill_int8(
+    typingctx: Any, panel: Any, w: Any, scale: Any, row_bytes: Any, row: Any, last: Any,
+    n_groups: Any,
+) -> Any:  # fmt: skip
+    """As `fill_int4`, from `quant.Int8Weight`; row_bytes is in_features."""
+    even_odd = [32 * (i // 32) + i % 16 * 2 + i // 16 % 2 for i in range(64)]
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e, b = Emit(builder), builder
+        panel, w, scale, row_bytes, row, last, n_groups = args
+        rows = [e.min(e.add(row, r), last) for r in range(LANES)]
+        w_at = [e.add(w, e.mul(r, row_bytes)) for r in rows]
+        with e.loop(0, b.lshr(e.add(n_groups, 1), e.i64(1))) as i:  # two groups
+            mask = e.lanes_below(e.mul(b.sub(n_groups, e.mul(i, 2)), 8))
+            words = []
+            for at in w_at:
+                at = e.add(at, e.mul(i, 64))
+                e.prefetch(at, PACK_ELEMENTS)
+                row_bytes64 = bias_weights(e, e.load_masked(I32x16, at, mask))
+                words.append(b.bitcast(e.shuffle(row_bytes64, row_bytes64, even_odd), I32x16))
+            place = e.add(panel, e.mul(i, 2 * GROUP_BYTES))
+            for k, column in enumerate(e.transpose(words)):
+                e.store(column, place, k // 8 * GROUP_BYTES + k % 8 * 64)
+        scale_bytes = b.lshr(row_bytes, e.i64(4))
+        fill_scales(e, panel, [e.add(scale, e.mul(r, scale_bytes)) for r in rows], n_groups)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 7), codegen
+
+
 def fill_scales(e: Emit, panel: Any, at: list[Any], n_groups: Any) -> None:
     """The scales of a row vector's panel from 16 rows of n_groups bf16 each."""
     mask = e.lanes_below(n_groups)
@@ -114,19 +145,21 @@ def fill_scales(e: Emit, panel: Any, at: list[Any], n_groups: Any) -> None:
 
 @literal_intrinsic
 def gemm_tile(
-    typingctx: Any, tokens: Any, panel: Any, n_groups: Any, first: Any, x: Any, x_stride: Any,
+    typingctx: Any, tokens: Any, is_int8: Any, panel: Any, n_groups: Any, first: Any, x: Any, x_stride: Any,
     index: Any, p: Any, p_last: Any, out: Any, out_stride: Any, row: Any, last: Any,
 ) -> Any:  # fmt: skip
-    """out[p + c, row + i] += panel . x[index[p + c]], c < tokens (a literal), i < PANEL_ROWS.
+    """out[p + c, row + i] += panel . x[index[p + c]], c < tokens, i < PANEL_ROWS.
+
+    tokens and is_int8 are literals.
 
     x is the address of the packed activations' part that belongs to the panel; `first` panels
     start sums at 0. Tokens past p_last repeat it, rows past `last` are not touched.
     """
-    n_tokens = tokens.literal_value
+    n_tokens, int8 = tokens.literal_value, bool(is_int8.literal_value)
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
-        _, panel, n_groups, first, x, x_stride, index, p, p_last, out, out_stride, row, last = args
+        panel, n_groups, first, x, x_stride, index, p, p_last, out, out_stride, row, last = args[2:]
         xs, outs = [], []
         for c in range(n_tokens):
             token = e.min(e.add(p, c), p_last)
@@ -151,6 +184,8 @@ def gemm_tile(
             weights = [e.add(part, VECTOR_BYTES * v) for v in range(TILE_VECTORS)]
             inside = e.add(e.mul(b.lshr(g, e.i64(2)), 128), e.mul(b.and_(g, e.i64(3)), 16))
             starts = [e.load_splat(I32, e.add(at, e.mul(g, 4)), PACK_SUMS) for at in xs]
+            if int8:
+                starts = [start_sums(e, s) for s in starts]
             total = [list(starts) for _ in range(TILE_VECTORS)]
             for j in range(4):
                 low = [e.load(vec(I8, 64), at, 64 * j) for at in weights]
@@ -159,7 +194,11 @@ def gemm_tile(
                     even = e.load_splat(I8, e.add(at, inside), 4 * j)
                     odd = e.load_splat(I8, e.add(at, inside), 4 * j + 64)
                     for v in range(TILE_VECTORS):
-                        total[v][c] = e.dot_u4_s8(total[v][c], low[v], even, high[v], odd)
+                        if int8:
+                            total[v][c] = dot_s8(e, total[v][c], low[v], even)
+                            total[v][c] = dot_s8(e, total[v][c], high[v], odd)
+                        else:
+                            total[v][c] = e.dot_u4_s8(total[v][c], low[v], even, high[v], odd)
             scales = [e.load(F32x16, at, 512) for at in weights]
             for c, at in enumerate(xs):
                 x_scale = e.load_splat(FLOAT, e.add(at, e.mul(g, 4)), PACK_SCALES)
@@ -172,46 +211,53 @@ def gemm_tile(
                 e.store_masked(e.get(acc[v][c]), e.add(at, 64 * v), mask)
         return context.get_dummy_value()
 
-    return types.void(tokens, *[types.int64] * 12), codegen
+    return types.void(tokens, is_int8, *[types.int64] * 12), codegen
 
 
 @jit
-def _fill_int4(panel, w, scale, row_bytes, row, last, n_groups):  # type: ignore[no-untyped-def]
+def _fill(is_int8, panel, w, scale, d, part, row, last, n_groups):  # type: ignore[no-untyped-def]
+    scale += part * (PACK_ELEMENTS // 16)
     for v in range(TILE_VECTORS):
-        fill_int4(
-            panel + v * VECTOR_BYTES, w, scale, row_bytes, row + v * LANES, last, n_groups
-        )  # fmt: skip
+        place, first = panel + v * VECTOR_BYTES, row + v * LANES
+        if is_int8:
+            fill_int8(place, w + part * PACK_ELEMENTS, scale, d, first, last, n_groups)
+        else:
+            w_part = w + part * (PACK_ELEMENTS // 2)
+            fill_int4(place, w_part, scale, d // 2, first, last, n_groups)
 
 
 @jit
 def _tiles(  # type: ignore[no-untyped-def]
-    panel, n_groups, first, x, x_stride, index, p_start, p_stop, out, out_stride, row, last
+    is_int8, panel, n_groups, first, x, x_stride, index, p_start, p_stop, out, out_stride, row, last
 ):
     for p in range(p_start, p_stop, TILE_TOKENS):
-        gemm_tile(
-            TILE_TOKENS, panel, n_groups, first, x, x_stride, index, p, p_stop - 1,
-            out, out_stride, row, last,
-        )  # fmt: skip
+        if is_int8:
+            gemm_tile(
+                TILE_TOKENS, 1, panel, n_groups, first, x, x_stride, index, p, p_stop - 1,
+                out, out_stride, row, last,
+            )  # fmt: skip
+        else:
+            gemm_tile(
+                TILE_TOKENS, 0, panel, n_groups, first, x, x_stride, index, p, p_stop - 1,
+                out, out_stride, row, last,
+            )  # fmt: skip
 
 
 @jit
 def gemm_rows(  # type: ignore[no-untyped-def]
-    x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
+    is_int8, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
 ):
     """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop.
 
-    x: packed activations; w, scale: published INT4. Addresses, strides in bytes.
+    x: packed activations; w, scale: published INT4, or int8. Addresses, strides in bytes.
     """
     panel = panel_scratch()
     n_parts = (d + PACK_ELEMENTS - 1) // PACK_ELEMENTS
     for row in range(start, stop, PANEL_ROWS):
         for part in range(n_parts):
             n_groups = min(PACK_ELEMENTS, d - part * PACK_ELEMENTS) // 32
-            _fill_int4(
-                panel, w + part * (PACK_ELEMENTS // 2), scale + part * (PACK_ELEMENTS // 16),
-                d // 2, row, stop - 1, n_groups,
-            )  # fmt: skip
+            _fill(is_int8, panel, w, scale, d, part, row, stop - 1, n_groups)
             _tiles(
-                panel, n_groups, int(part == 0), x + part * PACK_BYTES, x_stride, index,
+                is_int8, panel, n_groups, int(part == 0), x + part * PACK_BYTES, x_stride, index,
                 p_start, p_stop, out, out_stride, row, stop - 1,
             )  # fmt: skip

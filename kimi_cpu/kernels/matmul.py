@@ -9,19 +9,27 @@ adds in another order: there the last bits of a result may depend on whether the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from numba.core import types
 
-from kimi_cpu.kernels.common import KIND_BF16, KIND_F32, KIND_INT4
+from kimi_cpu.kernels.common import KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8
 from kimi_cpu.kernels.dense import emit_dot
 from kimi_cpu.kernels.gemm import gemm_rows
 from kimi_cpu.kernels.int4 import emit_dot_f32, emit_dot_q8
+from kimi_cpu.kernels.int8 import emit_dot_int8_f32, emit_dot_int8_q8
 from kimi_cpu.kernels.isa import VARIANT, jit
 from kimi_cpu.kernels.simd import Emit, literal_intrinsic
 
-#: INT4 weights times packed int8 activations; the other kinds take float32 activations.
-KIND_Q8 = 3
+#: INT4 and int8 weights times packed int8 activations; other kinds take float32 activations.
+KIND_Q8, KIND_INT8_Q8 = 4, 5
+_EMIT_GROUPS: dict[int, Callable[..., Any]] = {
+    KIND_INT4: emit_dot_f32,
+    KIND_INT8: emit_dot_int8_f32,
+    KIND_Q8: emit_dot_q8,
+    KIND_INT8_Q8: emit_dot_int8_q8,
+}
 
 # Tiles that fit the registers: 32 of 512 bits, or 16 of 256.
 STREAMS = 8 if VARIANT == "avx512vnni" else 4
@@ -64,9 +72,9 @@ def dot_tile(
                 row_bytes = e.mul(d, 4 if kind_here == KIND_F32 else 2)
                 acc = emit_dot(e, kind_here, xs, [e.add(w, e.mul(r, row_bytes)) for r in which], d)
             else:
-                row_bytes, scale_bytes = b.sdiv(d, e.i64(2)), b.sdiv(d, e.i64(16))
-                emit = emit_dot_q8 if kind_here == KIND_Q8 else emit_dot_f32
-                acc = emit(
+                is_int4 = kind_here in (KIND_INT4, KIND_Q8)
+                row_bytes, scale_bytes = b.sdiv(d, e.i64(2)) if is_int4 else d, b.sdiv(d, e.i64(16))
+                acc = _EMIT_GROUPS[kind_here](
                     e,
                     xs,
                     [e.add(w, e.mul(r, row_bytes)) for r in which],
@@ -80,7 +88,9 @@ def dot_tile(
         if only_kind is not None:
             body(only_kind)
         else:
-            for k in (KIND_F32, KIND_BF16, KIND_INT4, KIND_Q8):
+            for k in (KIND_F32, KIND_BF16, *_EMIT_GROUPS):
+                if n_tokens > 1 and k in (KIND_Q8, KIND_INT8_Q8):
+                    continue  # `gemm`, or one token after the other
                 with b.if_then(b.icmp_signed("==", kind_value, e.i64(k))):
                     body(k)
         return context.get_dummy_value()
@@ -94,17 +104,22 @@ def dot_rows(  # type: ignore[no-untyped-def]
     kind, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
 ):
     """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop."""
-    if p_stop - p_start == 1:
-        step = (stop - start + STREAMS - 1) // STREAMS
-        for i in range(step):
-            dot_tile(
-                STREAMS, 1, kind, x, x_stride, index, p_start, p_start, out, out_stride,
-                w, scale, start + i, step, stop - 1, d,
-            )  # fmt: skip
+    n, is_q8 = p_stop - p_start, kind == KIND_Q8 or kind == KIND_INT8_Q8
+    if n == 1 or (is_q8 and n < GEMM_TOKENS):
+        size = stop - start if n == 1 else ROW_BLOCK
+        for block in range(start, stop, size):
+            block_stop = min(block + size, stop)
+            step = (block_stop - block + STREAMS - 1) // STREAMS
+            for p in range(p_start, p_stop):
+                for i in range(step):
+                    dot_tile(
+                        STREAMS, 1, kind, x, x_stride, index, p, p, out, out_stride,
+                        w, scale, block + i, step, block_stop - 1, d,
+                    )  # fmt: skip
         return
-    if kind == KIND_Q8 and p_stop - p_start >= GEMM_TOKENS:
+    if is_q8:
         gemm_rows(
-            x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
+            int(kind == KIND_INT8_Q8), x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
         )  # fmt: skip
         return
     for block in range(start, stop, ROW_BLOCK):

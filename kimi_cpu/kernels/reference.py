@@ -15,6 +15,7 @@ from kimi_cpu.quant import (
     GROUP_SIZE,
     U16,
     Int4Weight,
+    Int8Weight,
     Weight,
     as_f32,
     dequantize,
@@ -39,8 +40,8 @@ def quantize_activations(x: F32) -> Q8:
     return Q8(q.reshape(x.shape), largest * np.float32(1 / 127))
 
 
-def linear_q8(xq: Q8, w: Int4Weight, threads: int = 1) -> F32:
-    """Quantised activations [T, D] times INT4 w [O, D] transposed -> [T, O].
+def linear_q8(xq: Q8, w: Int4Weight | Int8Weight, threads: int = 1) -> F32:
+    """Quantised activations [T, D] times INT4 or int8 w [O, D] transposed -> [T, O].
 
     Integer products are summed exactly inside a group, then scaled and added in float32.
     """

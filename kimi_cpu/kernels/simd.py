@@ -244,18 +244,21 @@ class Emit:
 
     # Integer dot product
 
+    bool_type = I1
+
+    def dot_u8_s8(self, total: Any, u: Any, s: Any) -> Any:
+        """AVX-512 VNNI only: total <16 x i32> + four products a lane of unsigned and signed."""
+        if LLVM_MAJOR < 22:
+            u, s = self.b.bitcast(u, I32x16), self.b.bitcast(s, I32x16)
+        return self.call("llvm.x86.avx512.vpdpbusd.512", I32x16, [total, u, s])
+
     def dot_u4_s8(self, total: Any, low: Any, even: Any, high: Any, odd: Any) -> Any:
         """total + dot(low, even) + dot(high, odd), four products to a lane.
 
         total <16 x i32>; low, high <64 x i8> unsigned up to 15; even, odd <64 x i8> signed.
         """
         if VARIANT == "avx512vnni":
-            name = "llvm.x86.avx512.vpdpbusd.512"
-            for u, s in ((low, even), (high, odd)):
-                if LLVM_MAJOR < 22:
-                    u, s = self.b.bitcast(u, I32x16), self.b.bitcast(s, I32x16)
-                total = self.call(name, I32x16, [total, u, s])
-            return total
+            return self.dot_u8_s8(self.dot_u8_s8(total, low, even), high, odd)
         if VARIANT == "avx2":
             parts = []
             for half in (range(32), range(32, 64)):

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from kimi_cpu.kernels import fast, reference
 from kimi_cpu.kernels.matmul import GEMM_TOKENS
-from kimi_cpu.quant import GROUP_SIZE, Int4Weight, f32_to_bf16, quantize_int4, unpack_int4
+from kimi_cpu.quant import (
+    GROUP_SIZE,
+    Int4Weight,
+    Int8Weight,
+    dequantize,
+    f32_to_bf16,
+    quantize_int4,
+    quantize_int8,
+    unpack_int4,
+)
 
 SHAPES = [
     # T, D, O: around the borders of vectors, packed parts, tiles and row blocks
@@ -29,14 +38,16 @@ def test_dense(inputs, close, kind, n, d, rows):
 
 
 @pytest.mark.parametrize(("n", "d", "rows"), GROUPED)
-def test_int4_exact(inputs, close, n, d, rows):
-    x, w = inputs.f32(n, d), inputs.weight("int4", rows, d)
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_groups_exact(inputs, close, kind, n, d, rows):
+    x, w = inputs.f32(n, d), inputs.weight(kind, rows, d)
     close(fast.linear(x, w), reference.linear(x, w))
 
 
 @pytest.mark.parametrize(("n", "d", "rows"), GROUPED)
-def test_int4_q8(inputs, close, n, d, rows):
-    x, w = inputs.f32(n, d), inputs.weight("int4", rows, d)
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_q8(inputs, close, kind, n, d, rows):
+    x, w = inputs.f32(n, d), inputs.weight(kind, rows, d)
     close(
         fast.linear_q8(fast.quantize_activations(x), w),
         reference.linear_q8(reference.quantize_activations(x), w),
@@ -44,11 +55,12 @@ def test_int4_q8(inputs, close, n, d, rows):
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 10), st.integers(1, 40), st.integers(1, 70), st.integers(0, 99))
-def test_q8_any_shape(n, groups, rows, seed):
+@given(st.integers(1, 10), st.integers(1, 40), st.integers(1, 70), st.integers(0, 99),
+       st.sampled_from([quantize_int4, quantize_int8]))  # fmt: skip
+def test_q8_any_shape(n, groups, rows, seed, quantize):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, groups * GROUP_SIZE)).astype(np.float32)
-    w = quantize_int4(rng.standard_normal((rows, groups * GROUP_SIZE)).astype(np.float32))
+    w = quantize(rng.standard_normal((rows, groups * GROUP_SIZE)).astype(np.float32))
     got = fast.linear_q8(fast.quantize_activations(x), w)
     want = reference.linear_q8(reference.quantize_activations(x), w)
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
@@ -79,6 +91,31 @@ def test_integers_are_exact_at_the_extremes():
         np.testing.assert_array_equal(fast.linear(x, w)[0], want)
 
 
+def test_int8_integers_are_exact_at_the_extremes():
+    """Every int8 value, -128 too, against activations of +-127."""
+    d, rows = 1056, 17
+    q = np.resize(np.arange(-128, 128, dtype=np.int64), (rows, d)).astype(np.int8)
+    q[0], q[1] = 127, -128
+    w = Int8Weight(q, f32_to_bf16(np.ones((rows, d // 32), np.float32)))
+    for x in (np.ones(d), -np.ones(d), np.resize([1.0, -1.0], d), np.resize([1.0, 1.0, -1.0], d)):
+        x = np.tile((127 * x[None, :]).astype(np.float32), (5, 1))
+        want = q.astype(np.int64) @ x[0].astype(np.int64)
+        for n in (1, 5):
+            got = fast.linear_q8(fast.quantize_activations(x[:n]), w)
+            np.testing.assert_allclose(got[-1], want, rtol=1e-6)
+
+
+def test_quantize_int8_stays_within_half_a_step(inputs):
+    w = inputs.f32(9, 96)
+    w[2, 32:64] = 0
+    got = quantize_int8(w)
+    assert got.q.dtype == np.int8 and got.scale.shape == (9, 3) and got.shape == w.shape
+    assert np.abs(got.q).max() <= 127 and not got.q[2, 32:64].any()
+    largest = np.abs(w.reshape(9, 3, 32)).max(axis=2, keepdims=True)
+    error = np.abs(dequantize(got) - w).reshape(9, 3, 32)
+    assert (error <= largest * (0.51 / 127 + 1 / 256)).all()  # clipping: half an ulp of bf16
+
+
 def test_zero_groups_give_zero(inputs, close):
     x, w = inputs.f32(2, 96), inputs.f32(5, 96)
     w[:, 32:64] = 0
@@ -90,7 +127,7 @@ def test_zero_groups_give_zero(inputs, close):
     close(fast.linear(x, packed), reference.linear(x, packed))
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "int4"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int4", "int8"])
 def test_a_token_does_not_see_its_neighbours(inputs, kind):
     x, w = inputs.f32(11, 608), inputs.weight(kind, 37, 608)
     together = fast.linear(x, w)
@@ -98,11 +135,12 @@ def test_a_token_does_not_see_its_neighbours(inputs, kind):
         np.testing.assert_array_equal(together[t], fast.linear(x[t : t + 1], w)[0])
 
 
+@pytest.mark.parametrize("kind", ["int4", "int8"])
 @pytest.mark.parametrize("few", [True, False])
-def test_q8_a_token_does_not_see_its_neighbours(inputs, close, few):
+def test_q8_a_token_does_not_see_its_neighbours(inputs, close, kind, few):
     """Bit for bit within the kernel for few tokens and within that for many (see `gemm`)."""
     n = GEMM_TOKENS
-    x, w = inputs.f32(2 * n + 1, 608), inputs.weight("int4", 37, 608)
+    x, w = inputs.f32(2 * n + 1, 608), inputs.weight(kind, 37, 608)
     all_q = reference.linear_q8(reference.quantize_activations(x), w)
     size = n - 1 if few else n
     whole = fast.linear_q8(fast.quantize_activations(x[: n - 1] if few else x), w)
@@ -127,7 +165,7 @@ def test_q8_gemm_does_not_depend_on_the_range_of_rows(inputs, rows):
             np.testing.assert_array_equal(whole[:, start:stop], fast.linear_q8(xq, part))
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "int4"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int4", "int8"])
 @pytest.mark.parametrize("n", [1, 6])
 def test_threads_do_not_change_the_result(inputs, kind, n, monkeypatch):
     monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
