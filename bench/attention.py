@@ -1,12 +1,13 @@
 """Attention kernels as a share of the arithmetic peak, and of BLAS, in one interleaved run.
 
     env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE -u OMP_NUM_THREADS \\
-        python bench/attention.py [--threads 2] [--rounds 5] [--only TEXT]
+        python bench/attention.py [--threads 2] [--rounds 5] [--only TEXT] [--cpu-time]
 
 The peak is a loop of multiply-adds that touch registers only, on all threads; the rate of BLAS is
 NumPy's float32 product of two 2048 x 2048 matrices. Shapes are those of Kimi K2: 64 heads, latents
 512 + 64, keys 128 + 64, values 128. Decode counts 64 x (576 + 512) multiply-adds a row, prefill
-192 + 128 for each pair of a query and a visible key.
+192 + 128 for each pair of a query and a visible key. On a machine that others share, --cpu-time
+counts the CPU seconds of a single thread instead (and leaves BLAS out).
 """
 
 from __future__ import annotations
@@ -72,8 +73,9 @@ def peak_op(args, start, stop):  # type: ignore[no-untyped-def]
 class Bench:
     """Inputs and measurements; each returns GFLOP/s (two a multiply-add)."""
 
-    def __init__(self, threads: int, longest: int) -> None:
-        self.threads = threads
+    def __init__(self, threads: int, longest: int, cpu_time: bool = False) -> None:
+        self.threads = 1 if cpu_time else threads
+        self.clock = time.thread_time if cpu_time else time.perf_counter
         self.sink = np.zeros(1, np.float32)
         self.rng = np.random.default_rng(0)
         self.c_kv, self.k_pe = self.x(longest, RANK), self.x(longest, ROPE)
@@ -87,31 +89,31 @@ class Bench:
     def peak(self, form: int) -> float:
         n, items = 200_000, 16 * self.threads
         each = _CHAINS * 16 * (2 if form == FORM_BF16 else 1)
-        begin = time.perf_counter()
+        begin = self.clock()
         run(peak_range, (form, n, address(self.sink)), (), items, 1, self.threads, 1 << 40)
-        return 2e-9 * n * items * each / (time.perf_counter() - begin)
+        return 2e-9 * n * items * each / (self.clock() - begin)
 
     def blas(self) -> float:
-        begin = time.perf_counter()
+        begin = self.clock()
         np.matmul(self.matrix, self.matrix, out=self.product)
-        return 2e-9 * 2048**3 / (time.perf_counter() - begin)
+        return 2e-9 * 2048**3 / (self.clock() - begin)
 
     def decode(self, rows: int, bf16: bool, tokens: int = 1) -> float:
         c_kv: F32 | U16 = self.c_bf16 if bf16 else self.c_kv
         k_pe: F32 | U16 = self.pe_bf16 if bf16 else self.k_pe
         q, q_pe = self.x(tokens, HEADS, RANK), self.x(tokens, HEADS, ROPE)
-        begin = time.perf_counter()
+        begin = self.clock()
         fast.mla_decode(q, q_pe, c_kv[:rows], k_pe[:rows], rows - tokens, 0.05, self.threads)
-        seconds = time.perf_counter() - begin
+        seconds = self.clock() - begin
         return 2e-9 * tokens * HEADS * (2 * RANK + ROPE) * rows / seconds
 
     def prefill(self, tokens: int, heads: int, bf16: bool) -> float:
         q, q_pe = self.x(tokens, heads, NOPE), self.x(tokens, heads, ROPE)
         kv, k_pe = self.x(tokens, heads, NOPE + VALUE), self.x(tokens, ROPE)
         pe = f32_to_bf16(k_pe) if bf16 else k_pe
-        begin = time.perf_counter()
+        begin = self.clock()
         fast.mla_prefill(q, q_pe, kv, pe, 0, 0.05, self.threads)
-        seconds = time.perf_counter() - begin
+        seconds = self.clock() - begin
         return 1e-9 * heads * tokens * (tokens + 1) * (NOPE + ROPE + VALUE) / seconds
 
     def all(self) -> dict[str, Callable[[], float]]:
@@ -138,13 +140,16 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--longest", type=int, default=131072, help="rows of the cache")
     parser.add_argument("--only", default="", help="measure only names that contain this")
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, in CPU seconds")
     options = parser.parse_args()
-    bench = Bench(options.threads, options.longest)
+    bench = Bench(options.threads, options.longest, options.cpu_time)
     results: dict[str, list[float]] = {}
     for round_number in range(options.rounds + 1):  # the first warms up and compiles
         for name, measure in bench.all().items():
             references = ("peak f32", "peak bf16", "sgemm")
             wanted = name in references or any(o in name for o in options.only.split("|"))
+            if options.cpu_time and name == "sgemm":
+                continue
             if not wanted or (name.startswith("decode") and int(name.split()[1]) > options.longest):
                 continue
             value = measure()
@@ -153,14 +158,15 @@ def main() -> None:
     middle = {name: statistics.median(values) for name, values in results.items()}
     lines = [
         f"{hardware.cpu_name()}, {isa.VARIANT}{' + bf16 dot' if HAS_BF16_DOT else ''}, "
-        f"{options.threads} threads, {options.rounds} rounds"
+        f"{bench.threads} threads, {options.rounds} rounds"
     ]
     for name, values in results.items():
         line = f"{name:34s} median {middle[name]:7.1f}  best {max(values):7.1f} GFLOP/s"
         if name.startswith(("decode", "prefill")):
             form = "bf16" if HAS_BF16_DOT and name.endswith("bf16") else "f32"
             line += f"  {middle[name] / middle[f'peak {form}']:5.0%} of the {form} peak"
-            line += f"  {middle[name] / middle['sgemm']:5.0%} of sgemm"
+            if "sgemm" in middle:
+                line += f"  {middle[name] / middle['sgemm']:5.0%} of sgemm"
         if name.startswith("decode"):
             words = name.split()
             tokens = int(words[3]) if "tokens" in name else 1
