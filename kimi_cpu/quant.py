@@ -128,5 +128,6 @@ def dequantize(weight: Weight) -> F32:
         scale = np.repeat(bf16_to_f32(weight.scale), GROUP_SIZE, axis=1)
         return unpack_int4(weight.packed).astype(np.float32) * scale
     if isinstance(weight, Int8Weight):
-        return weight.q * np.repeat(bf16_to_f32(weight.scale), GROUP_SIZE, axis=1)
+        scale = np.repeat(bf16_to_f32(weight.scale), GROUP_SIZE, axis=1)
+        return weight.q.astype(np.float32) * scale
     return as_f32(weight)

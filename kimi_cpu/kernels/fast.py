@@ -165,8 +165,8 @@ def linear_q8(xq: PackedQ8, w: Int4Weight | Int8Weight, threads: int = 1) -> F32
     out = empty((n, rows))
     args = (
         KIND_INT8_Q8 if isinstance(w, Int8Weight) else KIND_Q8,
-        address(xq.data), packed_bytes(d), 0, _iota_address(n), n, address(out), rows * 4, 0, values,
-        scales, 0, rows, d,
+        address(xq.data), packed_bytes(d), 0, _iota_address(n), n, address(out), rows * 4, 0,
+        values, scales, 0, rows, d,
     )  # fmt: skip
     run(matmul_range, args, (xq, w, out), rows, _ROW_GRAIN, threads, w.nbytes * (1 + n // 8))
     return out

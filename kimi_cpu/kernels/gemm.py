@@ -145,8 +145,8 @@ def fill_scales(e: Emit, panel: Any, at: list[Any], n_groups: Any) -> None:
 
 @literal_intrinsic
 def gemm_tile(
-    typingctx: Any, tokens: Any, is_int8: Any, panel: Any, n_groups: Any, first: Any, x: Any, x_stride: Any,
-    index: Any, p: Any, p_last: Any, out: Any, out_stride: Any, row: Any, last: Any,
+    typingctx: Any, tokens: Any, is_int8: Any, panel: Any, n_groups: Any, first: Any, x: Any,
+    x_stride: Any, index: Any, p: Any, p_last: Any, out: Any, out_stride: Any, row: Any, last: Any,
 ) -> Any:  # fmt: skip
     """out[p + c, row + i] += panel . x[index[p + c]], c < tokens, i < PANEL_ROWS.
 

@@ -104,7 +104,7 @@ def dot_rows(  # type: ignore[no-untyped-def]
     kind, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
 ):
     """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop."""
-    n, is_q8 = p_stop - p_start, kind == KIND_Q8 or kind == KIND_INT8_Q8
+    n, is_q8 = p_stop - p_start, kind in (KIND_Q8, KIND_INT8_Q8)
     if n == 1 or (is_q8 and n < GEMM_TOKENS):
         size = stop - start if n == 1 else ROW_BLOCK
         for block in range(start, stop, size):
@@ -119,7 +119,8 @@ def dot_rows(  # type: ignore[no-untyped-def]
         return
     if is_q8:
         gemm_rows(
-            int(kind == KIND_INT8_Q8), x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
+            int(kind == KIND_INT8_Q8), x, x_stride, index, p_start, p_stop, out, out_stride,
+            w, scale, d, start, stop,
         )  # fmt: skip
         return
     for block in range(start, stop, ROW_BLOCK):

@@ -163,7 +163,7 @@ class Emit:
         for q in range(4):
             a, b, c, d = rows[4 * q : 4 * q + 4]
             low, high = each([0, 4, 1, 5]), each([2, 6, 3, 7])
-            ab, cd = [[self.shuffle(*pair, lanes) for lanes in (low, high)]
+            ab, cd = [[self.shuffle(pair[0], pair[1], lanes) for lanes in (low, high)]
                       for pair in ((a, b), (c, d))]  # fmt: skip
             low, high = each([0, 1, 4, 5]), each([2, 3, 6, 7])
             quads.append([
@@ -180,8 +180,8 @@ class Emit:
                 for w in ((0, 2, 4, 6), (1, 3, 5, 7))
             ]
             for pair, first in ((even, 0), (odd, 1)):
-                out[4 * first + k] = self.shuffle(*pair, quarters(0, 2, 4, 6))
-                out[4 * (first + 2) + k] = self.shuffle(*pair, quarters(1, 3, 5, 7))
+                out[4 * first + k] = self.shuffle(pair[0], pair[1], quarters(0, 2, 4, 6))
+                out[4 * (first + 2) + k] = self.shuffle(pair[0], pair[1], quarters(1, 3, 5, 7))
         return out
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
