@@ -7,13 +7,12 @@ stored after its norm and `k_pe` after its rotation, so a cached row is never to
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import ContextError
-from kimi_cpu.quant import F32, U16
+from kimi_cpu.quant import F32
 
 _FIRST_CAPACITY = 256
 
@@ -23,8 +22,8 @@ class CacheSnapshot:
     """A copy of the first `length` rows: c_kv [L, length, R] and k_pe [L, length, P]."""
 
     length: int
-    c_kv: U16 | F32
-    k_pe: U16 | F32
+    c_kv: F32
+    k_pe: F32
 
     @property
     def nbytes(self) -> int:
@@ -32,17 +31,19 @@ class CacheSnapshot:
 
 
 class LatentCache:
-    """Latents of one timeline, for all layers; grows by doubling up to the model's context.
+    """Latents of one timeline, float32, for all layers; grows by doubling up to the context.
+
+    bf16 would halve it, but rounding the rotated keys alone takes fast precision from 0.9e-3 to
+    2.9e-3 nats of KL on the nano model (bench/LOG.md); the kernels read either.
 
     Args:
         config: the model's shape.
-        dtype: `np.float32` (exact) or `np.uint16` (bf16 bits, half the memory traffic).
 
     Rows up to `length` are valid. A forward pass writes the rows of its tokens layer by layer
     and calls `advance` once all layers are done, so an interrupted pass leaves no trace.
     """
 
-    def __init__(self, config: ModelConfig, dtype: type[np.float32] | type[np.uint16]) -> None:
+    def __init__(self, config: ModelConfig) -> None:
         self.length = 0
         self.generation = 0  # counts how often the memory moved
         self._max_length = config.max_position_embeddings
@@ -51,8 +52,8 @@ class LatentCache:
             config.kv_lora_rank,
             config.qk_rope_head_dim,
         )
-        self._c_kv = cast("U16 | F32", np.empty((layers, 0, rank), dtype=dtype))
-        self._k_pe = cast("U16 | F32", np.empty((layers, 0, rope), dtype=dtype))
+        self._c_kv: F32 = np.empty((layers, 0, rank), dtype=np.float32)
+        self._k_pe: F32 = np.empty((layers, 0, rope), dtype=np.float32)
 
     @property
     def nbytes(self) -> int:
@@ -85,13 +86,13 @@ class LatentCache:
                 "start a new conversation or close other programs",
             ) from error
 
-    def _grown(self, old: U16 | F32, capacity: int) -> U16 | F32:
+    def _grown(self, old: F32, capacity: int) -> F32:
         new = np.empty((old.shape[0], capacity, old.shape[2]), dtype=old.dtype)
         new[:, : self.length] = old[:, : self.length]
         return new
 
-    def rows(self, layer: int) -> tuple[U16 | F32, U16 | F32]:
-        """A layer's memory: c_kv [capacity, R] and k_pe [capacity, P], in the cache's dtype.
+    def rows(self, layer: int) -> tuple[F32, F32]:
+        """A layer's memory: c_kv [capacity, R] and k_pe [capacity, P].
 
         Rows from `length` on are where a pass stores its tokens; `reserve` may move the memory,
         which `generation` then tells.

@@ -117,7 +117,7 @@ class Model:
         checkpoint: an open, validated checkpoint; weights are read in place.
         kernels: `kernels.reference` or `kernels.fast`; both have the same functions.
         precision: "exact" (float32 activations, the oracle's numbers) or "fast" (INT4 experts
-            see int8 activations in groups of 32; bf16 latents).
+            see int8 activations in groups of 32).
         threads: how many threads the kernels may use; results do not depend on it.
     """
 
@@ -140,8 +140,8 @@ class Model:
         self.lm_head = checkpoint.linear("lm_head")  # [vocab, D]
 
     def new_cache(self) -> LatentCache:
-        """An empty cache of the dtype that goes with the precision."""
-        return LatentCache(self.config, np.float32 if self.precision == "exact" else np.uint16)
+        """An empty cache of this model's shape."""
+        return LatentCache(self.config)
 
     def forward(self, ids: Ids, cache: LatentCache, all_logits: bool = False) -> F32:
         """Compute the tokens that follow those in `cache`, and append them to it.
@@ -236,7 +236,7 @@ class Model:
         scale = c.softmax_scale
         if self._expanding_pays(tokens):
             end = cache.length + tokens
-            kv = self._linear(as_f32(all_c_kv[:end]), w.kv_b_proj)
+            kv = self._linear(all_c_kv[:end], w.kv_b_proj)
             kv = kv.reshape(end, heads, n_dim + c.v_head_dim)  # [S, H (N + V)] -> [S, H, N + V]
             o = k.mla_prefill(q_nope, q_pe, kv, all_k_pe[:end], start, scale, self.threads)
         else:

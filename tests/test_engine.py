@@ -34,7 +34,7 @@ def ids(engine: Engine, count: int, seed: int = 0) -> list[int]:
 
 def close(a: np.ndarray, b: np.ndarray) -> bool:
     """Equal but for rounding: other chunks may take the other way through attention, and in fast
-    precision the latents are bf16."""
+    precision an int8 activation may fall on the other side."""
     return bool(np.linalg.norm(a - b) < 2e-2 * np.linalg.norm(b))
 
 
@@ -170,9 +170,7 @@ def test_score_rows_are_the_steps(engine: Engine) -> None:
     prompt = ids(engine, 50)
     rows = engine.score(prompt)
     session = engine.session()
-    same = [close(session.step(token), row) for token, row in zip(prompt, rows, strict=True)]
-    # Rounding to bf16 may tip a near tie between two experts of this random model.
-    assert np.mean(same) >= (0.8 if engine.precision == "fast" else 1)
+    assert all(close(session.step(token), row) for token, row in zip(prompt, rows, strict=True))
 
 
 def test_steps_across_the_splits_of_a_long_context(tmp_path: Path) -> None:

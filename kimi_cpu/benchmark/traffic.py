@@ -173,8 +173,7 @@ def traffic(model: Model, passes: list[tuple[int, int]], experts_touched: int) -
     part_bytes["other"] += model.embed_tokens.nbytes / config.vocab_size  # a row a token
     trunk_bytes = sum(part_bytes.values())
 
-    element_bytes = 4 if model.precision == "exact" else 2
-    row_bytes = (config.kv_lora_rank + config.qk_rope_head_dim) * element_bytes
+    row_bytes = (config.kv_lora_rank + config.qk_rope_head_dim) * 4  # float32
     cache_rows = sum(before + n for before, n in passes)
     cache_bytes = cache_rows * row_bytes * config.num_hidden_layers / tokens
     part_bytes["attention"] += cache_bytes

@@ -52,7 +52,7 @@ class Summary:
             routers, norms, lm_head.
         token_expert_bytes: read per decoded token from the routed experts, the disk's share.
         token_trunk_bytes: read per decoded token from the trunk (one row of the embedding).
-        kv_token_bytes: latent cache per token of context, in bf16 (precision "fast").
+        kv_token_bytes: latent cache per token of context, float32.
         kv_full_context_bytes: the same for max_position_embeddings tokens.
         max_context: max_position_embeddings.
         disk_bytes: the weight files as a whole (K2.5's vision tower and headers included).
@@ -114,7 +114,7 @@ def summarise(source: Checkpoint | ModelConfig) -> Summary:
     token_trunk_bytes = trunk_bytes
     if not config.tie_word_embeddings:
         token_trunk_bytes += embedding_bytes // config.vocab_size - embedding_bytes
-    kv_token_bytes = (config.kv_lora_rank + config.qk_rope_head_dim) * len(layers) * 2
+    kv_token_bytes = (config.kv_lora_rank + config.qk_rope_head_dim) * len(layers) * 4  # float32
     context_bytes = kv_token_bytes * min(SUMMARY_CONTEXT, config.max_position_embeddings)
     n_parameters, n_active = _count_parameters(config, n_moe)
     return Summary(
