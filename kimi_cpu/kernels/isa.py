@@ -91,12 +91,18 @@ def _user_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
 
+#: More than the compiled code of one variant takes.
+_CACHE_BYTES = 16 << 20
+
+
 def _writable(folder: Path) -> bool:
     """Create `folder` for this user alone and try to write in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         if hasattr(os, "getuid") and folder.stat().st_uid != os.getuid():
             return False  # compiled code is executed: never take it from somebody else
+        if shutil.disk_usage(folder).free < _CACHE_BYTES:
+            return False
         with tempfile.TemporaryFile(dir=folder):
             return True
     except (OSError, RuntimeError):

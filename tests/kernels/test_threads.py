@@ -198,3 +198,18 @@ def test_a_home_that_cannot_be_written(tmp_path):
     )
     result = run_python(code, XDG_CACHE_HOME=str(blocked), TMPDIR=str(tmp_path))
     assert result.returncode == 0, result.stderr
+
+
+def test_a_home_on_a_full_disk(tmp_path):
+    """Compiled code goes to the temporary folder then."""
+    home, tmp = tmp_path / "home", tmp_path / "tmp"
+    tmp.mkdir()
+    code = (
+        "import shutil, types; from pathlib import Path; real = shutil.disk_usage;"
+        f"shutil.disk_usage = lambda p: types.SimpleNamespace(free=0 if {str(home)!r} in str(p) "
+        "else real(p).free);"
+        "from kimi_cpu.kernels import isa;"
+        f"assert Path({str(tmp)!r}) in isa.CACHE_FOLDER.parents, isa.CACHE_FOLDER"
+    )
+    result = run_python(code, XDG_CACHE_HOME=str(home), TMPDIR=str(tmp))
+    assert result.returncode == 0, result.stderr
