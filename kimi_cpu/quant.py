@@ -3,6 +3,10 @@
 INT4 is compressed-tensors' `pack-quantized`, symmetric, group size 32 along the input
 dimension. Read as little-endian bytes, byte b of a row holds element 2b in its low nibble and
 2b + 1 in its high nibble; a nibble stores q + 8 with q in [-8, 7]; w = q * scale[row, col // 32].
+
+The packed layout (`PackedWeight`) holds the same numbers of INT4 or int8 groups in the order in
+which the kernels multiply: 16 rows at a time, a 64-byte vector with 4 bytes of each, and the scales
+beside what they scale.
 """
 
 from __future__ import annotations
@@ -64,8 +68,51 @@ class Int8Weight:
         return self.q.nbytes + self.scale.nbytes
 
 
-#: A linear weight [out_features, in_features]: bf16 bits (uint16), float32, INT4, or int8.
-Weight = U16 | F32 | Int4Weight | Int8Weight
+#: A block of the packed layout: this many rows times columns.
+BLOCK_ROWS, BLOCK_COLUMNS = 16, 64
+
+
+def packed_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int, int]:
+    """Shape of `PackedWeight.blocks`: row blocks, column blocks, bytes of a block (576 or 1088)."""
+    rows, columns = -(-out_features // BLOCK_ROWS), -(-in_features // BLOCK_COLUMNS)
+    return rows, columns, BLOCK_ROWS * (BLOCK_COLUMNS * bits // 8 + 2 * 2)
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A linear layer's weight as INT4 or int8 groups of 32, in the kernels' order.
+
+    A block of 16 rows and 64 columns is 8 (INT4) or 16 (int8) vectors of 64 bytes, then the 32
+    bf16 scales: 16 rows of the first group of 32 columns, 16 rows of the second. A vector has 4
+    consecutive bytes of each row, row by row. For INT4 these are the published bytes (two elements
+    each, nibble q + 8). For int8 they are q + 128: four vectors hold the columns 8 j + 0, 2, 4, 6
+    of a group (j = 0 .. 3) and four the columns 8 j + 1, 3, 5, 7. Rows and columns beyond the
+    weight's shape are zeros with scale 0.
+
+    Attributes:
+        blocks: uint8 [ceil(out / 16), ceil(in / 64), 576 or 1088], C-contiguous.
+        shape: (out_features, in_features), in_features a multiple of 32.
+        bits: 4 or 8.
+    """
+
+    blocks: U8
+    shape: tuple[int, int]
+    bits: int
+
+    def __post_init__(self) -> None:
+        expected = packed_shape(*self.shape, self.bits)
+        if self.bits not in (4, 8) or self.shape[1] % GROUP_SIZE or self.blocks.shape != expected:
+            raise ValueError(
+                f"blocks of shape {self.blocks.shape} are no {self.bits}-bit weight {self.shape}"
+            )
+
+    @property
+    def nbytes(self) -> int:
+        return self.blocks.nbytes
+
+
+#: A linear weight [out_features, in_features]: bf16 bits (uint16), float32, or quantised groups.
+Weight = U16 | F32 | Int4Weight | Int8Weight | PackedWeight
 
 
 def bf16_to_f32(bits: U16) -> F32:
@@ -122,8 +169,55 @@ def unpack_int4(packed: U8) -> npt.NDArray[np.int8]:
     return q
 
 
+def pack(weight: Int4Weight | Int8Weight) -> PackedWeight:
+    """The same numbers in the packed layout; exact, `unpack` gives them back."""
+    (rows, columns), bits = weight.shape, 4 if isinstance(weight, Int4Weight) else 8
+    row_blocks, column_blocks, block_bytes = packed_shape(rows, columns, bits)
+    if isinstance(weight, Int4Weight):
+        values, zero = weight.packed, 0x88
+    else:
+        groups = (weight.q.view(np.uint8) ^ 0x80).reshape(rows, -1, 16, 2)
+        values = groups.swapaxes(2, 3).reshape(rows, columns)  # even columns, then odd ones
+        zero = 0x80
+    row_bytes = column_blocks * BLOCK_COLUMNS * bits // 8
+    padded = np.full((row_blocks * BLOCK_ROWS, row_bytes), zero, dtype=np.uint8)
+    padded[:rows, : values.shape[1]] = values
+    scale = np.zeros((row_blocks * BLOCK_ROWS, column_blocks * 2), dtype=np.uint16)
+    scale[:rows, : weight.scale.shape[1]] = weight.scale
+    blocks = np.empty((row_blocks, column_blocks, block_bytes), dtype=np.uint8)
+    vectors, scales = blocks[:, :, : 128 * bits], blocks[:, :, 128 * bits :]
+    # [row block, row, column block, vector, byte] -> [row block, column block, vector, row, byte]
+    cells = padded.reshape(row_blocks, BLOCK_ROWS, column_blocks, 2 * bits, 4)
+    vectors.reshape(row_blocks, column_blocks, 2 * bits, BLOCK_ROWS, 4)[:] = cells.transpose(
+        0, 2, 3, 1, 4
+    )
+    cells = scale.view(np.uint8).reshape(row_blocks, BLOCK_ROWS, column_blocks, 2, 2)
+    scales.reshape(row_blocks, column_blocks, 2, BLOCK_ROWS, 2)[:] = cells.transpose(0, 2, 3, 1, 4)
+    return PackedWeight(blocks, weight.shape, bits)
+
+
+def unpack(weight: PackedWeight) -> Int4Weight | Int8Weight:
+    """A packed weight in natural order."""
+    (rows, columns), bits, blocks = weight.shape, weight.bits, weight.blocks
+    row_blocks, column_blocks, _ = blocks.shape
+    cells = blocks[:, :, : 128 * bits].reshape(row_blocks, column_blocks, 2 * bits, BLOCK_ROWS, 4)
+    # [row block, column block, vector, row, byte] -> [row block, row, column block, vector, byte]
+    values = cells.transpose(0, 3, 1, 2, 4).reshape(row_blocks * BLOCK_ROWS, -1)
+    values = values[:rows, : columns * bits // 8]
+    cells = blocks[:, :, 128 * bits :].reshape(row_blocks, column_blocks, 2, BLOCK_ROWS, 2)
+    scale = np.ascontiguousarray(cells.transpose(0, 3, 1, 2, 4)).view(np.uint16)
+    scale = scale.reshape(row_blocks * BLOCK_ROWS, -1)[:rows, : columns // GROUP_SIZE]
+    if bits == 4:
+        return Int4Weight(np.ascontiguousarray(values), np.ascontiguousarray(scale))
+    groups = (values ^ np.uint8(0x80)).reshape(rows, -1, 2, 16)  # even columns, odd columns
+    q = groups.swapaxes(2, 3).reshape(rows, columns)
+    return Int8Weight(np.ascontiguousarray(q).view(np.int8), np.ascontiguousarray(scale))
+
+
 def dequantize(weight: Weight) -> F32:
     """Any weight as float32 [out, in]."""
+    if isinstance(weight, PackedWeight):
+        weight = unpack(weight)
     if isinstance(weight, Int4Weight):
         scale = np.repeat(bf16_to_f32(weight.scale), GROUP_SIZE, axis=1)
         return unpack_int4(weight.packed).astype(np.float32) * scale
