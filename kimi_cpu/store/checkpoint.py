@@ -20,6 +20,7 @@ from kimi_cpu.config import ModelConfig
 from kimi_cpu.config.reader import load_json_object, shown
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import F32, U16, Int4Weight, Weight
+from kimi_cpu.store.extents import Extent, merged
 from kimi_cpu.store.layout import PROJECTIONS
 from kimi_cpu.store.safetensors import SafetensorsFile, TensorEntry
 from kimi_cpu.store.validate import check_against_config, select
@@ -138,6 +139,21 @@ class Checkpoint:
         base = f"model.layers.{layer}.mlp.experts.{expert}"
         gate, up, down = (self.linear(f"{base}.{projection}") for projection in PROJECTIONS)
         return gate, up, down
+
+    def expert_extents(self, layer: int, expert: int) -> list[Extent]:
+        """Where the bytes of one routed expert lie: few long ranges, in the order of the files.
+
+        In published files two: the packed weights with their shapes, and the scales.
+        """
+        base = f"model.layers.{layer}.mlp.experts.{expert}"
+        extents = []
+        for projection in PROJECTIONS:
+            for part in ("weight", "weight_packed", "weight_scale", "weight_shape"):
+                name = f"{base}.{projection}.{part}"
+                if name in self._tensors:
+                    entry = self.entry(name)
+                    extents.append(Extent(self.file_of(name), entry.begin, entry.nbytes))
+        return merged(extents)
 
     def find_non_finite(self, names: Iterable[str] | None = None) -> CheckpointError | None:
         """Search tensors for NaN or infinity, reading them whole (default: all but experts).

@@ -423,3 +423,23 @@ def test_corrupt_folders_never_escape(tmp_path_factory: pytest.TempPathFactory, 
             assert checkpoint.linear(name).shape == (out_features, in_features)
     except UserError as exc:
         assert str(folder) in exc.message and exc.message.isprintable()
+
+
+@pytest.mark.parametrize("int4", [True, False])
+@pytest.mark.parametrize("shard_bytes", [3_000, 1 << 30])
+def test_extents_are_the_bytes_of_an_expert(tmp_path: Path, int4: bool, shard_bytes: int) -> None:
+    checkpoint = Checkpoint.open(tiny_checkpoint(tmp_path, int4=int4, shard_bytes=shard_bytes))
+    base = "model.layers.2.mlp.experts.5."
+    names = [name for name in checkpoint.names() if name.startswith(base)]
+    at = {(checkpoint.file_of(n), checkpoint.entry(n).begin): checkpoint.entry(n) for n in names}
+    extents = checkpoint.expert_extents(2, 5)
+    assert extents == sorted(extents)
+    assert sum(extent.length for extent in extents) == sum(e.nbytes for e in at.values())
+    for extent in extents:  # tensors of the expert follow each other from end to end
+        position = extent.offset
+        while position < extent.offset + extent.length:
+            position = at.pop((extent.path, position)).end
+        assert position == extent.offset + extent.length
+    assert not at
+    if not int4 and shard_bytes > 1_000_000:
+        assert len(extents) == 1
