@@ -8,9 +8,6 @@ uint16 bits) and because kernels do not check bounds: a file is untrusted until 
 
 from __future__ import annotations
 
-import contextlib
-import mmap
-import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +16,7 @@ import numpy.typing as npt
 
 from kimi_cpu.config.reader import parse_json_object, shown
 from kimi_cpu.errors import CheckpointError
+from kimi_cpu.store.mapping import MappedFile
 
 #: The format's own limit on the header, which also bounds what a hostile file can make us parse.
 MAX_HEADER_BYTES = 100_000_000
@@ -36,6 +34,7 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
     "I32": np.dtype("<i4"),
     "I64": np.dtype("<i8"),
+    "U8": np.dtype("<u1"),
 }
 
 _FIELDS = {"dtype", "shape", "data_offsets"}
@@ -44,7 +43,7 @@ _TRUNCATED = "The file is truncated: download it again."
 
 #: (dtype, shape, begin, end). Plain tuples in the table: the garbage collector stops tracking
 #: those, so that 200,000 of them cost later collections nothing.
-_RawEntry = tuple[str, tuple[int, ...], int, int]
+RawEntry = tuple[str, tuple[int, ...], int, int]
 
 
 class TensorEntry(NamedTuple):
@@ -66,23 +65,12 @@ class SafetensorsFile:
     def __init__(self, path: Path) -> None:
         """Map the file and check its header; raises CheckpointError naming file and tensor."""
         self.path = path
-        if not path.is_file():
-            raise CheckpointError(
-                f"{path}: no such file", "The download is incomplete: fetch the missing shard."
-            )
+        self._file = MappedFile(path, 8, _DAMAGED)
+        self.size = self._file.size
         try:
-            with path.open("rb") as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < 8:
-                    raise CheckpointError(f"{path}: only {size} bytes long", _DAMAGED)
-                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as exc:
-            raise CheckpointError(
-                f"{path}: cannot be mapped ({exc})", "Check that the file may be read."
-            ) from None
-        self.size = size
-        try:
-            self._entries = _read_header(path, self._map, size)
+            length = _header_length(path, self._file.read(0, 8), self.size)
+            header = self._file.read(8, 8 + length)
+            self._entries = parse_header(path, header, self.size)
         except BaseException:
             self.close()
             raise
@@ -125,31 +113,31 @@ class SafetensorsFile:
         return view
 
     def _view(self, entry: TensorEntry, dtype: np.dtype[Any]) -> npt.NDArray[Any]:
-        if self._map is None:
-            raise ValueError(f"{self.path} is closed")
-        if entry.nbytes == 0:
-            return np.empty(0, dtype=dtype)
-        count = entry.nbytes // dtype.itemsize
-        return np.frombuffer(self._map, dtype=dtype, count=count, offset=entry.begin)
+        return self._file.view(dtype, entry.nbytes // dtype.itemsize, entry.begin)
 
     def close(self) -> None:
         """Let go of the map. It stays mapped as long as views on it are alive."""
-        mapped, self._map = self._map, None
-        if mapped is not None:
-            with contextlib.suppress(BufferError):  # views are alive: the last of them unmaps
-                mapped.close()
+        self._file.close()
 
 
-def _read_header(path: Path, mapped: mmap.mmap, size: int) -> dict[str, _RawEntry]:
-    length = int.from_bytes(mapped[:8], "little")
+def _header_length(path: Path, first: bytes, size: int) -> int:
+    length = int.from_bytes(first, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path}: header claims {length} bytes", _DAMAGED)
-    start = 8 + length
-    if start > size:
+    if 8 + length > size:
         raise CheckpointError(
             f"{path}: header claims {length} bytes, the whole file has {size}", _TRUNCATED
         )
-    header = parse_json_object(mapped[8:start], f"{path}: header", CheckpointError, _DAMAGED)
+    return length
+
+
+def parse_header(path: Path, encoded: bytes, size: int) -> dict[str, RawEntry]:
+    """The entries of a header (its JSON, without the length) of a file of `size` bytes.
+
+    Raises CheckpointError naming `path` and the tensor.
+    """
+    start = 8 + len(encoded)
+    header = parse_json_object(encoded, f"{path}: header", CheckpointError, _DAMAGED)
     header.pop("__metadata__", None)
     try:
         entries = {name: _read_entry(fields, start) for name, fields in header.items()}
@@ -169,7 +157,7 @@ def _bad_entry(path: Path, header: dict[str, Any], start: int) -> CheckpointErro
     raise AssertionError("no entry was refused the second time")
 
 
-def _read_entry(fields: Any, start: int) -> _RawEntry:
+def _read_entry(fields: Any, start: int) -> RawEntry:
     """Check one entry of the header; ValueError says what is wrong with it."""
     if type(fields) is not dict or fields.keys() != _FIELDS:
         raise ValueError("expected exactly dtype, shape and data_offsets")
@@ -193,7 +181,7 @@ def _read_entry(fields: Any, start: int) -> _RawEntry:
     return dtype, tuple(shape), start + begin, start + end
 
 
-def _check_cover(path: Path, entries: dict[str, _RawEntry], start: int, size: int) -> None:
+def _check_cover(path: Path, entries: dict[str, RawEntry], start: int, size: int) -> None:
     """The tensors must follow each other without overlap or hole and fill the file exactly."""
     position, previous = start, "the header"
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):

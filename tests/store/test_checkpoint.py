@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import CheckpointError, ConfigError, UserError
 from kimi_cpu.quant import Int4Weight, bf16_to_f32, dequantize, f32_to_bf16
-from kimi_cpu.store import checkpoint as checkpoint_module
+from kimi_cpu.store import tensors as tensors_module
 from kimi_cpu.store.checkpoint import INDEX_NAME, Checkpoint
 from kimi_cpu.store.layout import expert_linears, trunk_linears, vectors
 from kimi_cpu.store.writer import NamedTensor, int4_tensors, write_checkpoint
@@ -394,7 +394,7 @@ def test_large_dense_tensors_can_be_searched(
     def change(tensors: dict[str, NamedTensor]) -> None:
         tensors["lm_head.weight"][1][100, 3] = 0x7FC0
 
-    monkeypatch.setattr(checkpoint_module, "CHECK_BYTES", 1000)
+    monkeypatch.setattr(tensors_module, "CHECK_BYTES", 1000)
     checkpoint = Checkpoint.open(rewrite(tmp_path / "a", change))
     checkpoint.linear("lm_head")  # too large to be read through at once
     error = checkpoint.find_non_finite()
