@@ -1,229 +1,180 @@
-"""Kernel speed as a share of what this machine can do, in one interleaved run.
+"""Kernels as shares of the memory's and the arithmetic's limits, in one interleaved run.
 
-    python bench/kernels.py [--threads 2] [--rounds 5] [--only TEXT]
+    python bench/kernels.py [--threads 2] [--rounds 5] [--only TEXT] [--json FILE]
 
-Reading kernels (GEMV, one token through the experts) are compared with the fastest plain reader
-of the same memory, whose working set is far beyond the caches; the machine's other load moves
-both. Shapes are those of Kimi K2: hidden 7168, expert width 2048, 64 heads, latents 512 + 64.
+Shapes are those of Kimi K2. Weights come from 1 GB of memory and more, one matrix after the other,
+so that no cache serves them. All rows of a round alternate with the streaming readers of
+`kernels/bandwidth.py`; the ceiling is the best reader's median. Attention: `bench/attention.py`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from pathlib import Path
 
 import numpy as np
-from numba.core import types
 
 from kimi_cpu import hardware
 from kimi_cpu.kernels import fast, isa
-from kimi_cpu.kernels.common import ExpertTable, address
-from kimi_cpu.kernels.simd import I32, Emit, I32x16, const, intrinsic, store_i32
-from kimi_cpu.kernels.threads import load_args, op_of, run
-from kimi_cpu.quant import Int4Weight
+from kimi_cpu.kernels.bandwidth import READERS, DramReader
+from kimi_cpu.kernels.common import ExpertTable
+from kimi_cpu.quant import Int4Weight, PackedWeight, Weight, packed_shape
 
-HIDDEN, WIDTH, HEADS, RANK, ROPE = 7168, 2048, 64, 512, 64
-N_EXPERTS = 48  # 1.2 GB
-STREAMS = 8
-
-
-@intrinsic
-def _read(typingctx: Any, addr: Any, n_bytes: Any) -> Any:
-    """Touch n_bytes in STREAMS streams."""
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emit(builder)
-        acc = [e.variable(const(I32x16, 0)) for _ in range(STREAMS)]
-        length = builder.sdiv(args[1], e.i64(STREAMS))
-        with e.loop(0, length, 64) as i:
-            for k, a in enumerate(acc):
-                at = e.add(e.add(args[0], e.mul(length, k)), i)
-                e.prefetch(at, 1024)
-                e.set(a, builder.add(e.get(a), e.load(I32x16, at)))
-        total = e.get(acc[0])
-        for a in acc[1:]:
-            total = builder.add(total, e.get(a))
-        return builder.extract_element(total, const(I32, 0))
-
-    return types.int32(types.int64, types.int64), codegen
-
-
-@isa.jit
-def read_range(addr, block_bytes, sink, start, stop):  # type: ignore[no-untyped-def]
-    """Read the blocks start .. stop-1; storing keeps the compiler from leaving it out."""
-    for block in range(start, stop):
-        store_i32(sink, _read(addr + block * block_bytes, block_bytes))
-
-
-@op_of(read_range)
-def read_op(args, start, stop):  # type: ignore[no-untyped-def]
-    read_range(*load_args(args, 3), start, stop)
+HIDDEN, WIDTH, N_EXPERTS = 7168, 2048, 48
+#: A bf16 scale of 2^-10.
+_SCALE = 0x3A80
+_SHAPES = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
 
 
 class Bench:
-    """Inputs, and the measurements: name -> function that returns (amount, unit)."""
+    """Weights, and what is measured: name -> (unit, function that returns the amount done)."""
 
     def __init__(self, threads: int) -> None:
         self.threads = threads
-        rng = self.rng = np.random.default_rng(0)
-        d, i = HIDDEN, WIDTH
-        self.sink = np.zeros(1, np.int32)
-        nibbles, scales = d * i // 2, d * i // 32
-        self.packed = np.resize(
-            rng.integers(0, 256, 100_000_007, dtype=np.uint8), 3 * N_EXPERTS * nibbles
-        )
-        self.scale = np.full(3 * N_EXPERTS * scales, 0x3A80, np.uint16)
-        self.int4 = [
-            Int4Weight(
-                self.packed[k * nibbles :][:nibbles].reshape(*shape[k % 3 // 2]),
-                self.scale[k * scales :][:scales].reshape(shape[k % 3 // 2][0], -1),
+        self.rng = np.random.default_rng(0)
+        self.reader = DramReader()
+        n = 3 * N_EXPERTS
+        noise = self.rng.integers(0, 256, 64_000_007, dtype=np.uint8)  # of no period of a matrix
+        published = np.resize(noise, n * HIDDEN * WIDTH // 2)
+        scales = np.full(n * HIDDEN * WIDTH // 32, _SCALE, np.uint16)
+        self.published = [
+            Int4Weight(values.reshape(shape[0], -1), scale.reshape(shape[0], -1))
+            for values, scale, shape in zip(
+                np.split(published, n), np.split(scales, n), _SHAPES * N_EXPERTS, strict=True
             )
-            for k in range(3 * N_EXPERTS)
-            for shape in [((i, d // 2), (d, i // 2))]
         ]
-        self.table = ExpertTable(lambda e: tuple(self.int4[3 * e : 3 * e + 3]), N_EXPERTS, WIDTH)  # type: ignore[arg-type,return-value]
-        as_bf16 = self.packed.view(np.uint16)
-        as_bf16 &= 0xBFFF  # no infinities
-        n = len(as_bf16) // (d * i)
-        self.bf16 = [as_bf16[k * d * i :][: d * i].reshape(i, d) for k in range(n)]
+        self.packed4 = self._packed(noise, 4, n)
+        self.packed8 = self._packed(noise, 8, n // 2)
+        # as bf16: the high bit of the exponent cleared, so no infinities
+        bits = np.resize(noise, n // 3 * HIDDEN * WIDTH * 2).view(np.uint16)
+        bits &= 0xBFFF
+        self.bf16 = [part.reshape(WIDTH, HIDDEN) for part in np.split(bits, n // 3)]
+        self.x = {
+            (m, d): self.rng.standard_normal((m, d), dtype=np.float32)
+            for m in (1, 8, 16, 64, 256)
+            for d in (HIDDEN, WIDTH)
+        }
 
-    def x(self, n: int, d: int) -> np.ndarray:
-        return self.rng.standard_normal((n, d)).astype(np.float32)
-
-    def read(self) -> float:
-        block = 8 << 20
-        n = self.packed.nbytes // block
-        run(
-            read_range,
-            (address(self.packed), block, address(self.sink)),
-            (),
-            n,
-            1,
-            self.threads,
-            1 << 40,
+    @staticmethod
+    def _packed(noise: np.ndarray, bits: int, n: int) -> list[PackedWeight]:
+        size = int(np.prod(packed_shape(WIDTH, HIDDEN, bits)))  # the same for both shapes
+        memory = np.resize(noise, n * size)
+        memory.reshape(-1, packed_shape(16, 64, bits)[2])[:, 128 * bits :].view(np.uint16)[:] = (
+            _SCALE
         )
-        return n * block / 1e9
+        return [
+            PackedWeight(part.reshape(packed_shape(*shape, bits)), shape, bits)
+            for part, shape in zip(np.split(memory, n), (_SHAPES * N_EXPERTS)[:n], strict=True)
+        ]
 
-    def gemv_q8(self, down: bool) -> float:
-        weights = [w for k, w in enumerate(self.int4) if (k % 3 == 2) == down][:N_EXPERTS]
-        xq = fast.quantize_activations(self.x(1, weights[0].shape[1]))
-        for w in weights:
+    def gemv(self, weights: list[Int4Weight] | list[PackedWeight], down: bool) -> float:
+        chosen = [w for i, w in enumerate(weights) if (i % 3 == 2) == down]
+        xq = fast.quantize_activations(self.x[1, chosen[0].shape[1]])
+        for w in chosen:
             fast.linear_q8(xq, w, self.threads)
-        return sum(w.nbytes for w in weights) / 1e9
+        return sum(w.nbytes for w in chosen) / 1e9
 
-    def gemv_exact(self) -> float:
-        x = self.x(1, HIDDEN)
-        for w in self.int4[0:24:3]:
-            fast.linear(x, w, self.threads)
-        return 8 * self.int4[0].nbytes / 1e9
+    def gemv_f32(self, weights: list[Weight], count: int) -> float:
+        for w in weights[:count]:
+            fast.linear(self.x[1, HIDDEN], w, self.threads)
+        return sum(w.nbytes for w in weights[:count]) / 1e9
 
-    def gemv_bf16(self) -> float:
-        x = self.x(1, HIDDEN)
-        for w in self.bf16:
-            fast.linear(x, w, self.threads)
-        return sum(w.nbytes for w in self.bf16) / 1e9
+    def moe(self, weights: list[Int4Weight] | list[PackedWeight]) -> Callable[[], float]:
+        """One token through 8 of N_EXPERTS experts after the other."""
+        table = ExpertTable(lambda e: tuple(weights[3 * e : 3 * e + 3]), N_EXPERTS, WIDTH)  # type: ignore[arg-type, return-value]
+        share = np.full((1, 8), 0.125, np.float32)
 
-    def moe_token(self) -> float:
-        x, weights = self.x(1, HIDDEN), np.full((1, 8), 0.125, np.float32)
-        for first in range(0, N_EXPERTS, 8):
-            ids = np.arange(first, first + 8, dtype=np.int32)[None]
-            fast.moe(x, self.table, ids, weights, "fast", self.threads)
-        return (self.packed.nbytes + self.scale.nbytes) / 1e9
+        def measure() -> float:
+            for first in range(0, N_EXPERTS, 8):
+                ids = np.arange(first, first + 8, dtype=np.int32)[None]
+                fast.moe(self.x[1, HIDDEN], table, ids, share, "fast", self.threads)
+            return sum(w.nbytes for w in weights) / 1e9
 
-    def gemm_q8(self, m: int) -> float:
-        xq = fast.quantize_activations(self.x(m, HIDDEN))
-        n = max(1, 128 // m)
-        for w in self.int4[0 : 3 * n : 3]:
+        return measure
+
+    def gemm(self, weights: list[Int4Weight] | list[PackedWeight], m: int) -> float:
+        xq = fast.quantize_activations(self.x[m, HIDDEN])
+        chosen = weights[0 : 3 * max(2, 128 // m) : 3]
+        for w in chosen:
             fast.linear_q8(xq, w, self.threads)
-        return n * 2 * m * HIDDEN * WIDTH / 1e9
+        return len(chosen) * 2e-9 * m * HIDDEN * WIDTH
 
     def gemm_bf16(self, m: int) -> float:
-        x = self.x(m, HIDDEN)
-        fast.linear(x, self.bf16[0], self.threads)
-        return 2 * m * HIDDEN * WIDTH / 1e9
+        fast.linear(self.x[m, HIDDEN], self.bf16[0], self.threads)
+        return 2e-9 * m * HIDDEN * WIDTH
 
-    def decode(self, rows: int) -> float:
-        cache = self.x(rows, RANK + ROPE).view(np.uint32)
-        bits = (cache >> 16).astype(np.uint16)
-        c_kv, k_pe = np.ascontiguousarray(bits[:, :RANK]), np.ascontiguousarray(bits[:, RANK:])
-        q, q_pe = self.x(1, HEADS * RANK), self.x(1, HEADS * ROPE)
-        start = time.perf_counter()
-        fast.mla_decode(
-            q.reshape(1, HEADS, RANK), q_pe.reshape(1, HEADS, ROPE), c_kv, k_pe, rows - 1, 0.1,
-            self.threads,
-        )  # fmt: skip
-        return time.perf_counter() - start
+    def rows(self) -> dict[str, tuple[str, Callable[[], float]]]:
+        found: dict[str, tuple[str, Callable[[], float]]] = {}
+        for name, weights in (
+            ("INT4 packed", self.packed4), ("INT4 published", self.published),
+            ("int8 packed", self.packed8),
+        ):  # fmt: skip
+            for down, shape in enumerate(("2048x7168", "7168x2048")):
+                found[f"{name} GEMV {shape}"] = (
+                    "GB/s", lambda w=weights, d=bool(down): self.gemv(w, d)
+                )  # fmt: skip
+            if name != "int8 packed":
+                found[f"{name} moe, 1 token"] = ("GB/s", self.moe(weights))
+            for m in (8, 16, 64, 256):
+                found[f"{name} GEMM M={m}"] = ("GOP/s", lambda w=weights, m=m: self.gemm(w, m))
+        found["bf16 GEMV 2048x7168"] = ("GB/s", lambda: self.gemv_f32(list(self.bf16), N_EXPERTS))
+        for name, kind in (("packed", self.packed4), ("published", self.published)):
+            found[f"INT4 {name} x float32 GEMV"] = (
+                "GB/s", lambda w=list(kind[::3]): self.gemv_f32(w, 16)
+            )  # fmt: skip
+        found["bf16 GEMM M=64"] = ("GFLOP/s", lambda: self.gemm_bf16(64))
+        return found
 
-    def prefill(self, n: int) -> float:
-        q, q_pe = self.x(n, HEADS * 128), self.x(n, HEADS * ROPE)
-        kv, k_pe = self.x(n, HEADS * 256), self.x(n, ROPE)
-        start = time.perf_counter()
-        fast.mla_prefill(
-            q.reshape(n, HEADS, 128), q_pe.reshape(n, HEADS, ROPE), kv.reshape(n, HEADS, 256), k_pe,
-            0, 0.1, self.threads,
-        )  # fmt: skip
-        return HEADS * n * n * (192 + 128) / 1e9 / (time.perf_counter() - start)
 
-    def rates(self) -> dict[str, tuple[str, Callable[[], float]]]:
-        """Measured by time: amount / seconds."""
-        return {
-            "read": ("GB/s", self.read),
-            "int4 q8 GEMV 2048x7168": ("GB/s", lambda: self.gemv_q8(False)),
-            "int4 q8 GEMV 7168x2048": ("GB/s", lambda: self.gemv_q8(True)),
-            "moe, 1 token, 8 experts": ("GB/s", self.moe_token),
-            "bf16 GEMV 2048x7168": ("GB/s", self.gemv_bf16),
-            "int4 exact GEMV 2048x7168": ("GB/s", self.gemv_exact),
-            **{f"int4 q8 GEMM M={m}": ("GOP/s", lambda m=m: self.gemm_q8(m)) for m in (8, 64, 256)},
-            "bf16 GEMM M=64": ("GFLOP/s", lambda: self.gemm_bf16(64)),
-        }
-
-    def timed(self) -> dict[str, tuple[str, Callable[[], float]]]:
-        """Functions that return their own result."""
-        return {
-            "mla_decode 4K rows": ("s", lambda: self.decode(4096)),
-            "mla_decode 32K rows": ("s", lambda: self.decode(32768)),
-            "mla_prefill 1K": ("GFLOP/s", lambda: self.prefill(1024)),
-        }
+def measure(bench: Bench, rounds: int, only: str) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Every row `rounds` times, alternating with the readers; returns values and units."""
+    results: dict[str, list[float]] = {}
+    units: dict[str, str] = {}
+    for number in range(rounds + 1):  # the first warms up and compiles
+        for name, (unit, amount) in bench.rows().items():
+            if not any(part in name for part in only.split("|")):
+                continue
+            for reader in READERS if unit == "GB/s" else ():
+                speed = bench.reader.read(reader, bench.threads) / 1e9
+                if number:
+                    results.setdefault(f"read, {reader}", []).append(speed)
+            start = time.perf_counter()
+            done = amount()
+            value = done / (time.perf_counter() - start)
+            units[name] = unit
+            if number:
+                results.setdefault(name, []).append(value)
+    return results, units
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=hardware.default_threads())
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--only", default="", help="measure only names that contain this")
+    parser.add_argument("--only", default="", help="only names that contain one of A|B|C")
+    parser.add_argument("--json", help="append the medians to this file, one line of JSON")
     options = parser.parse_args()
-    bench = Bench(options.threads)
-    results: dict[str, list[float]] = {}
-    units: dict[str, str] = {}
-    for round_number in range(options.rounds + 1):  # the first warms up and compiles
-        for name, (unit, amount) in bench.rates().items():
-            if options.only in name or name == "read":
-                start = time.perf_counter()
-                done = amount()
-                value = done / (time.perf_counter() - start)
-                units[name] = unit
-                if round_number:
-                    results.setdefault(name, []).append(value)
-        for name, (unit, value_of) in bench.timed().items():
-            if options.only in name:
-                value, units[name] = value_of(), unit
-                if round_number:
-                    results.setdefault(name, []).append(value)
-    ceiling = max(results["read"])
-    cpu = hardware.cpu_name()
-    lines = [f"{cpu}, {isa.VARIANT}, {options.threads} threads, {options.rounds} rounds"]
+    results, units = measure(Bench(options.threads), options.rounds, options.only)
+    middle = {name: statistics.median(values) for name, values in results.items()}
+    ceiling = max((v for name, v in middle.items() if name.startswith("read")), default=0.0)
+    print(f"{hardware.cpu_name()}, {isa.VARIANT}, {options.threads} threads, "
+          f"{options.rounds} rounds, best reader {ceiling:.1f} GB/s")  # fmt: skip
     for name, values in results.items():
-        middle = statistics.median(values)
-        best = min(values) if units[name] == "s" else max(values)
-        line = f"{name:28s} median {middle:8.4g}  best {best:8.4g} {units[name]}"
-        if units[name] == "GB/s":
-            line += f"  {middle / statistics.median(results['read']):5.0%} of the median reader"
-            line += f"  {middle / ceiling:5.0%} of the best"
-        lines.append(line)
-    print("\n".join(lines))
+        unit = units.get(name, "GB/s")
+        line = f"{name:32s} {middle[name]:7.1f} ({min(values):.1f}-{max(values):.1f}) {unit}"
+        if unit == "GB/s":
+            line += f"  {middle[name] / ceiling:4.0%}"
+        print(line)
+    if options.json:
+        with Path(options.json).open("a", encoding="utf-8") as file:
+            print(json.dumps({
+                "what": "kernels", "cpu": hardware.cpu_name(), "variant": isa.VARIANT,
+                "threads": options.threads, "rounds": options.rounds, "medians": middle,
+            }), file=file)  # fmt: skip
 
 
 if __name__ == "__main__":

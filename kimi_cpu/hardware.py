@@ -93,7 +93,7 @@ def default_threads() -> int:
 @lru_cache(maxsize=1)
 def _getcpu() -> Callable[[], int]:
     try:
-        return ctypes.CDLL(None).sched_getcpu  # type: ignore[no-any-return]
+        return ctypes.CDLL(None).sched_getcpu
     except (OSError, AttributeError, TypeError):  # not Linux
         return lambda: -1
 

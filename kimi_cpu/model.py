@@ -116,8 +116,8 @@ class Model:
     Args:
         checkpoint: an open, validated checkpoint; weights are read in place.
         kernels: `kernels.reference` or `kernels.fast`; both have the same functions.
-        precision: "exact" (float32 activations, the oracle's numbers) or "fast" (INT4 experts
-            see int8 activations in groups of 32).
+        precision: "exact" (float32 activations, the oracle's numbers) or "fast" (quantised
+            weights see int8 activations in groups of 32).
         threads: how many threads the kernels may use; results do not depend on it.
     """
 
@@ -282,7 +282,7 @@ class Model:
         return self._linear(h, w.down_proj)
 
     def _linear(self, x: F32, w: Weight) -> F32:
-        y: F32 = self.kernels.linear(x, w, self.threads)
+        y: F32 = self.kernels.project(x, w, self.precision, self.threads)
         return y
 
     def _rmsnorm(self, x: F32, w: Norm) -> F32:

@@ -50,6 +50,8 @@ class Int4Weight:
 class Int8Weight:
     """A linear layer's weight as int8 in groups of 32 along the input: w = q * scale.
 
+    The form in which weights are rounded and unpacked; they are stored and multiplied packed.
+
     Attributes:
         q: int8 [out_features, in_features], values in [-127, 127].
         scale: bf16 bits as uint16 [out_features, in_features / 32].
@@ -112,7 +114,7 @@ class PackedWeight:
 
 
 #: A linear weight [out_features, in_features]: bf16 bits (uint16), float32, or quantised groups.
-Weight = U16 | F32 | Int4Weight | Int8Weight | PackedWeight
+Weight = U16 | F32 | Int4Weight | PackedWeight
 
 
 def bf16_to_f32(bits: U16) -> F32:
@@ -173,11 +175,13 @@ def pack(weight: Int4Weight | Int8Weight) -> PackedWeight:
     """The same numbers in the packed layout; exact, `unpack` gives them back."""
     (rows, columns), bits = weight.shape, 4 if isinstance(weight, Int4Weight) else 8
     row_blocks, column_blocks, block_bytes = packed_shape(rows, columns, bits)
+    values: U8
     if isinstance(weight, Int4Weight):
         values, zero = weight.packed, 0x88
     else:
         groups = (weight.q.view(np.uint8) ^ 0x80).reshape(rows, -1, 16, 2)
-        values = groups.swapaxes(2, 3).reshape(rows, columns)  # even columns, then odd ones
+        even_odd = groups.swapaxes(2, 3)  # even columns of a group, then odd ones
+        values = np.ascontiguousarray(even_odd, dtype=np.uint8).reshape(rows, columns)
         zero = 0x80
     row_bytes = column_blocks * BLOCK_COLUMNS * bits // 8
     padded = np.full((row_blocks * BLOCK_ROWS, row_bytes), zero, dtype=np.uint8)
@@ -191,8 +195,10 @@ def pack(weight: Int4Weight | Int8Weight) -> PackedWeight:
     vectors.reshape(row_blocks, column_blocks, 2 * bits, BLOCK_ROWS, 4)[:] = cells.transpose(
         0, 2, 3, 1, 4
     )
-    cells = scale.view(np.uint8).reshape(row_blocks, BLOCK_ROWS, column_blocks, 2, 2)
-    scales.reshape(row_blocks, column_blocks, 2, BLOCK_ROWS, 2)[:] = cells.transpose(0, 2, 3, 1, 4)
+    scale_cells = scale.view(np.uint8).reshape(row_blocks, BLOCK_ROWS, column_blocks, 2, 2)
+    scales.reshape(row_blocks, column_blocks, 2, BLOCK_ROWS, 2)[:] = scale_cells.transpose(
+        0, 2, 3, 1, 4
+    )
     return PackedWeight(blocks, weight.shape, bits)
 
 
@@ -210,11 +216,11 @@ def unpack(weight: PackedWeight) -> Int4Weight | Int8Weight:
     if bits == 4:
         return Int4Weight(np.ascontiguousarray(values), np.ascontiguousarray(scale))
     groups = (values ^ np.uint8(0x80)).reshape(rows, -1, 2, 16)  # even columns, odd columns
-    q = groups.swapaxes(2, 3).reshape(rows, columns)
+    q = np.ascontiguousarray(groups.swapaxes(2, 3)).reshape(rows, columns)
     return Int8Weight(np.ascontiguousarray(q).view(np.int8), np.ascontiguousarray(scale))
 
 
-def dequantize(weight: Weight) -> F32:
+def dequantize(weight: Weight | Int8Weight) -> F32:
     """Any weight as float32 [out, in]."""
     if isinstance(weight, PackedWeight):
         weight = unpack(weight)

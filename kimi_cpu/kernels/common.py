@@ -10,7 +10,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.quant import F32, Int4Weight, Int8Weight, Weight
+from kimi_cpu.quant import F32, U8, U16, Int4Weight, PackedWeight, Weight
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
@@ -45,23 +45,25 @@ class Q8:
 
 
 #: How a weight is stored, as the compiled kernels see it.
-KIND_F32, KIND_BF16, KIND_INT4, KIND_INT8 = 0, 1, 2, 3
+KIND_F32, KIND_BF16, KIND_INT4, KIND_PACKED4, KIND_PACKED8 = 0, 1, 2, 3, 4
+#: Added to a kind of quantised weights: they are multiplied with int8 activations.
+WITH_Q8 = 8
 
 
 _BYTE: Any = ctypes.c_char
 
 
 def weight_kind(w: Weight) -> int:
-    """KIND_INT4, KIND_INT8, KIND_BF16 or KIND_F32; TypeError for anything else."""
+    """The KIND_* of a weight; TypeError for anything that the kernels do not take."""
     if isinstance(w, Int4Weight):
         return KIND_INT4
-    if isinstance(w, Int8Weight):
-        return KIND_INT8
+    if isinstance(w, PackedWeight):
+        return KIND_PACKED4 if w.bits == 4 else KIND_PACKED8
     if w.dtype == np.uint16:
         return KIND_BF16
     if w.dtype == np.float32:
         return KIND_F32
-    raise TypeError(f"a weight must be INT4, int8, bf16 bits (uint16) or float32, not {w.dtype}")
+    raise TypeError(f"a weight must be INT4, packed, bf16 bits (uint16) or float32, not {w.dtype}")
 
 
 def address(array: npt.NDArray[np.generic]) -> int:
@@ -78,13 +80,10 @@ def weight_addresses(w: Weight) -> tuple[int, int]:
         if not (w.packed.flags.c_contiguous and w.scale.flags.c_contiguous):
             raise ValueError("an INT4 weight must be C-contiguous")
         return address(w.packed), address(w.scale)
-    if isinstance(w, Int8Weight):
-        if not (w.q.flags.c_contiguous and w.scale.flags.c_contiguous):
-            raise ValueError("an int8 weight must be C-contiguous")
-        return address(w.q), address(w.scale)
-    if not w.flags.c_contiguous:
+    values: U8 | U16 | F32 = w.blocks if isinstance(w, PackedWeight) else w
+    if not values.flags.c_contiguous:
         raise ValueError("a weight must be C-contiguous")
-    return address(w), 0
+    return address(values), 0
 
 
 class ExpertTable:

@@ -38,6 +38,7 @@ from kimi_cpu.kernels.common import (
     KIND_BF16,
     KIND_INT4,
     Q8,
+    WITH_Q8,
     CannotReplay,
     ExpertTable,
     Position,
@@ -54,14 +55,23 @@ from kimi_cpu.kernels.int4 import (
     pack_rows,
     packed_bytes,
 )
-from kimi_cpu.kernels.matmul import KIND_INT8_Q8, KIND_Q8, matmul_range
+from kimi_cpu.kernels.matmul import matmul_range
 from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
 from kimi_cpu.kernels.router import route_rows
 from kimi_cpu.kernels.rows import add_rows, split_rows, store_rows
 from kimi_cpu.kernels.threads import active_tape, empty, run
 from kimi_cpu.kernels.threads import recording as recording  # part of what the model needs
-from kimi_cpu.quant import F32, GROUP_SIZE, U16, Int4Weight, Int8Weight, Weight, as_f32, dequantize
+from kimi_cpu.quant import (
+    F32,
+    GROUP_SIZE,
+    U16,
+    Int4Weight,
+    PackedWeight,
+    Weight,
+    as_f32,
+    dequantize,
+)
 
 VARIANT = isa.VARIANT
 
@@ -152,7 +162,7 @@ def quantize_activations(x: F32) -> PackedQ8:
     return PackedQ8(data, (n, d))
 
 
-def linear_q8(xq: PackedQ8, w: Int4Weight | Int8Weight, threads: int = 1) -> F32:
+def linear_q8(xq: PackedQ8, w: Int4Weight | PackedWeight, threads: int = 1) -> F32:
     """As `reference.linear_q8`: xq [T, D] of `quantize_activations`, w [O, D] -> [T, O].
 
     From GEMM_TOKENS tokens on another kernel adds in another order (`kernels.gemm`).
@@ -164,12 +174,18 @@ def linear_q8(xq: PackedQ8, w: Int4Weight | Int8Weight, threads: int = 1) -> F32
     values, scales = weight_addresses(w)
     out = empty((n, rows))
     args = (
-        KIND_INT8_Q8 if isinstance(w, Int8Weight) else KIND_Q8,
-        address(xq.data), packed_bytes(d), 0, _iota_address(n), n, address(out), rows * 4, 0,
-        values, scales, 0, rows, d,
+        weight_kind(w) + WITH_Q8, address(xq.data), packed_bytes(d), 0, _iota_address(n), n,
+        address(out), rows * 4, 0, values, scales, 0, rows, d,
     )  # fmt: skip
     run(matmul_range, args, (xq, w, out), rows, _ROW_GRAIN, threads, w.nbytes * (1 + n // 8))
     return out
+
+
+def project(x: F32, w: Weight, precision: Precision, threads: int = 1) -> F32:
+    """As `reference.project`: x [T, D], w [O, D] of any kind -> [T, O]."""
+    if precision == "fast" and isinstance(w, Int4Weight | PackedWeight):
+        return linear_q8(quantize_activations(x), w, threads)
+    return linear(x, w, threads)
 
 
 def silu_mul(gate: F32, up: F32) -> F32:
@@ -229,7 +245,7 @@ def _moe_part(
         _moe_mixed(x, experts, segments, pair_token, pair_place, weights, precision, threads, out)
         return
     xq = hq = None
-    if fast and any(experts.kinds[e] == KIND_INT4 for e in chosen):
+    if fast and any(experts.kinds[e] >= KIND_INT4 for e in chosen):
         xq, hq = quantize_activations(x), _packed_buffer(n_pairs, width)
     _run_experts(
         x, xq, hq, experts, (segments, pair_token, pair_place), weights, fast, width, threads,
@@ -319,16 +335,12 @@ def _moe_mixed(
 ) -> None:  # fmt: skip
     """Experts whose projections are stored in different ways: one call a projection."""
 
-    def project(v: F32, w: Weight) -> F32:
-        if precision == "fast" and isinstance(w, Int4Weight):
-            return linear_q8(quantize_activations(v), w, threads)
-        return linear(v, w, threads)
-
     slots = np.empty((len(pair_token), x.shape[1]), dtype=np.float32)
     for e, start, stop in segments.tolist():
         gate, up, down = experts[e]
         v = np.ascontiguousarray(x[pair_token[start:stop]])
-        slots[start:stop] = project(silu_mul(project(v, gate), project(v, up)), down)
+        h = silu_mul(project(v, gate, precision, threads), project(v, up, precision, threads))
+        slots[start:stop] = project(h, down, precision, threads)
     n_pairs = weights.size
     picked = slots[pair_place[:n_pairs]].reshape(*weights.shape, -1)
     out[:] = 0
@@ -385,7 +397,7 @@ def rope(x: F32, cos: F32, sin: F32) -> F32:
 
 
 def _dense(w: Weight) -> U16 | F32:
-    return dequantize(w) if isinstance(w, Int4Weight | Int8Weight) else w
+    return dequantize(w) if isinstance(w, Int4Weight | PackedWeight) else w
 
 
 def absorb_q(q_nope: F32, w_kv_b: Weight, threads: int = 1) -> F32:

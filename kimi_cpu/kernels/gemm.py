@@ -20,9 +20,12 @@ from typing import Any
 
 from numba.core import types
 
+from kimi_cpu.kernels.common import KIND_PACKED4, KIND_PACKED8
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, PACK_SCALES, PACK_SUMS
-from kimi_cpu.kernels.int8 import bias_weights, dot_s8, start_sums
+from kimi_cpu.kernels.int8 import dot_s8, start_sums
 from kimi_cpu.kernels.isa import VARIANT, jit
+from kimi_cpu.kernels.packed import PREFETCH_BYTES as PACKED_PREFETCH_BYTES
+from kimi_cpu.kernels.packed import block_bytes, load_int8
 from kimi_cpu.kernels.simd import (
     FLOAT,
     I8,
@@ -38,9 +41,13 @@ from kimi_cpu.kernels.simd import (
     literal_intrinsic,
     vec,
 )
+from kimi_cpu.quant import BLOCK_COLUMNS
 
 #: Row vectors and tokens of a tile; the int32 and the float32 sums must fit the registers.
 TILE_VECTORS, TILE_TOKENS = (2, 4) if VARIANT == "avx512vnni" else (1, 2)
+#: Tokens of the tile for the last one or two.
+REST_TOKENS = 2
+BLOCK4_BYTES, BLOCK8_BYTES = block_bytes(4), block_bytes(8)
 PANEL_ROWS = TILE_VECTORS * LANES
 GROUP_BYTES = 8 * 64 + 64
 VECTOR_BYTES = PACK_ELEMENTS // 32 * GROUP_BYTES
@@ -103,35 +110,39 @@ def fill_int4(
     return types.void(*[types.int64] * 7), codegen
 
 
-@intrinsic
-def fill_int8(
-    typingctx: Any, panel: Any, w: Any, scale: Any, row_bytes: Any, row: Any, last: Any,
-    n_groups: Any,
-) -> Any:  # fmt: skip
-    """As `fill_int4`, from `quant.Int8Weight`; row_bytes is in_features."""
-    even_odd = [32 * (i // 32) + i % 16 * 2 + i // 16 % 2 for i in range(64)]
+@literal_intrinsic
+def fill_packed(typingctx: Any, bits: Any, panel: Any, block: Any, n_groups: Any) -> Any:
+    """One row vector of a panel from the packed layout: a row block, from `block` on.
+
+    bits: literal. The last block is copied whole, so a panel may get one group more.
+    """
+    n_bits = bits.literal_value
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
-        panel, w, scale, row_bytes, row, last, n_groups = args
-        rows = [e.min(e.add(row, r), last) for r in range(LANES)]
-        w_at = [e.add(w, e.mul(r, row_bytes)) for r in rows]
+        _, panel, block, n_groups = args
+        size, bytes64 = block_bytes(n_bits), vec(I8, 64)
         with e.loop(0, b.lshr(e.add(n_groups, 1), e.i64(1))) as i:  # two groups
-            mask = e.lanes_below(e.mul(b.sub(n_groups, e.mul(i, 2)), 8))
-            words = []
-            for at in w_at:
-                at = e.add(at, e.mul(i, 64))
-                e.prefetch(at, PACK_ELEMENTS)
-                row_bytes64 = bias_weights(e, e.load_masked(I32x16, at, mask))
-                words.append(b.bitcast(e.shuffle(row_bytes64, row_bytes64, even_odd), I32x16))
-            place = e.add(panel, e.mul(i, 2 * GROUP_BYTES))
-            for k, column in enumerate(e.transpose(words)):
-                e.store(column, place, k // 8 * GROUP_BYTES + k % 8 * 64)
-        scale_bytes = b.lshr(row_bytes, e.i64(4))
-        fill_scales(e, panel, [e.add(scale, e.mul(r, scale_bytes)) for r in rows], n_groups)
+            at, place = e.add(block, e.mul(i, size)), e.add(panel, e.mul(i, 2 * GROUP_BYTES))
+            for line in range(0, size, 64):
+                e.prefetch(at, PACKED_PREFETCH_BYTES + line)
+            for group in range(2):
+                to = GROUP_BYTES * group
+                for j in range(4):
+                    if n_bits == 4:
+                        raw = e.load(bytes64, at, 256 * group + 64 * j)
+                        even = b.and_(raw, const(bytes64, 15))
+                        odd = b.lshr(raw, const(bytes64, 4))
+                    else:
+                        even = load_int8(e, at, 512 * group + 64 * j)
+                        odd = load_int8(e, at, 512 * group + 64 * j + 256)
+                    e.store(even, place, to + 64 * j)
+                    e.store(odd, place, to + 64 * j + 256)
+                scale = e.bf16(e.load(vec(I16), at, 128 * n_bits + 32 * group))
+                e.store(scale, place, to + 512)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 7), codegen
+    return types.void(bits, *[types.int64] * 3), codegen
 
 
 def fill_scales(e: Emit, panel: Any, at: list[Any], n_groups: Any) -> None:
@@ -215,49 +226,72 @@ def gemm_tile(
 
 
 @jit
-def _fill(is_int8, panel, w, scale, d, part, row, last, n_groups):  # type: ignore[no-untyped-def]
-    scale += part * (PACK_ELEMENTS // 16)
+def _fill(kind, panel, w, scale, d, part, row, last, n_groups):  # type: ignore[no-untyped-def]
+    columns = (d + BLOCK_COLUMNS - 1) // BLOCK_COLUMNS
     for v in range(TILE_VECTORS):
         place, first = panel + v * VECTOR_BYTES, row + v * LANES
-        if is_int8:
-            fill_int8(place, w + part * PACK_ELEMENTS, scale, d, first, last, n_groups)
+        block = min(first, last) // LANES * columns + part * (PACK_ELEMENTS // BLOCK_COLUMNS)
+        if kind == KIND_PACKED4:
+            fill_packed(4, place, w + block * BLOCK4_BYTES, n_groups)
+        elif kind == KIND_PACKED8:
+            fill_packed(8, place, w + block * BLOCK8_BYTES, n_groups)
         else:
-            w_part = w + part * (PACK_ELEMENTS // 2)
-            fill_int4(place, w_part, scale, d // 2, first, last, n_groups)
+            fill_int4(
+                place, w + part * (PACK_ELEMENTS // 2), scale + part * (PACK_ELEMENTS // 16),
+                d // 2, first, last, n_groups,
+            )  # fmt: skip
 
 
 @jit
-def _tiles(  # type: ignore[no-untyped-def]
-    is_int8, panel, n_groups, first, x, x_stride, index, p_start, p_stop, out, out_stride, row, last
-):
-    for p in range(p_start, p_stop, TILE_TOKENS):
+def _tile(  # type: ignore[no-untyped-def]
+    tokens, is_int8, panel, n_groups, first, x, x_stride, index, p, p_last, out, out_stride, row,
+    last,
+):  # fmt: skip
+    if tokens == TILE_TOKENS:
         if is_int8:
             gemm_tile(
-                TILE_TOKENS, 1, panel, n_groups, first, x, x_stride, index, p, p_stop - 1,
-                out, out_stride, row, last,
+                TILE_TOKENS, 1, panel, n_groups, first, x, x_stride, index, p, p_last, out,
+                out_stride, row, last,
             )  # fmt: skip
         else:
             gemm_tile(
-                TILE_TOKENS, 0, panel, n_groups, first, x, x_stride, index, p, p_stop - 1,
-                out, out_stride, row, last,
+                TILE_TOKENS, 0, panel, n_groups, first, x, x_stride, index, p, p_last, out,
+                out_stride, row, last,
             )  # fmt: skip
+    elif is_int8:
+        gemm_tile(
+            REST_TOKENS, 1, panel, n_groups, first, x, x_stride, index, p, p_last, out,
+            out_stride, row, last,
+        )  # fmt: skip
+    else:
+        gemm_tile(
+            REST_TOKENS, 0, panel, n_groups, first, x, x_stride, index, p, p_last, out,
+            out_stride, row, last,
+        )  # fmt: skip
 
 
 @jit
 def gemm_rows(  # type: ignore[no-untyped-def]
-    is_int8, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
+    kind, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
 ):
     """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop.
 
-    x: packed activations; w, scale: published INT4, or int8. Addresses, strides in bytes.
+    x: packed activations; kind: KIND_INT4 (w and scale as published), KIND_PACKED4 or
+    KIND_PACKED8 (then start is a multiple of 16). Addresses, strides in bytes.
     """
     panel = panel_scratch()
+    is_int8 = int(kind == KIND_PACKED8)
     n_parts = (d + PACK_ELEMENTS - 1) // PACK_ELEMENTS
     for row in range(start, stop, PANEL_ROWS):
         for part in range(n_parts):
             n_groups = min(PACK_ELEMENTS, d - part * PACK_ELEMENTS) // 32
-            _fill(is_int8, panel, w, scale, d, part, row, stop - 1, n_groups)
-            _tiles(
-                is_int8, panel, n_groups, int(part == 0), x + part * PACK_BYTES, x_stride, index,
-                p_start, p_stop, out, out_stride, row, stop - 1,
-            )  # fmt: skip
+            _fill(kind, panel, w, scale, d, part, row, stop - 1, n_groups)
+            x_part, first = x + part * PACK_BYTES, int(part == 0)
+            p = p_start
+            while p < p_stop:
+                tokens = TILE_TOKENS if p_stop - p > REST_TOKENS else REST_TOKENS
+                _tile(
+                    tokens, is_int8, panel, n_groups, first, x_part, x_stride, index, p,
+                    p_stop - 1, out, out_stride, row, stop - 1,
+                )  # fmt: skip
+                p += tokens

@@ -14,21 +14,25 @@ from typing import Any
 
 from numba.core import types
 
-from kimi_cpu.kernels.common import KIND_BF16, KIND_F32, KIND_INT4, KIND_INT8
+from kimi_cpu.kernels.common import (
+    KIND_BF16,
+    KIND_F32,
+    KIND_INT4,
+    KIND_PACKED4,
+    KIND_PACKED8,
+    WITH_Q8,
+)
 from kimi_cpu.kernels.dense import emit_dot
 from kimi_cpu.kernels.gemm import gemm_rows
 from kimi_cpu.kernels.int4 import emit_dot_f32, emit_dot_q8
-from kimi_cpu.kernels.int8 import emit_dot_int8_f32, emit_dot_int8_q8
 from kimi_cpu.kernels.isa import VARIANT, jit
-from kimi_cpu.kernels.simd import Emit, literal_intrinsic
+from kimi_cpu.kernels.packed import gemv_rows, rows_f32
+from kimi_cpu.kernels.simd import Emit, literal_intrinsic, load_i64
 
-#: INT4 and int8 weights times packed int8 activations; other kinds take float32 activations.
-KIND_Q8, KIND_INT8_Q8 = 4, 5
+KIND_INT4_Q8 = KIND_INT4 + WITH_Q8
 _EMIT_GROUPS: dict[int, Callable[..., Any]] = {
     KIND_INT4: emit_dot_f32,
-    KIND_INT8: emit_dot_int8_f32,
-    KIND_Q8: emit_dot_q8,
-    KIND_INT8_Q8: emit_dot_int8_q8,
+    KIND_INT4_Q8: emit_dot_q8,
 }
 
 # Tiles that fit the registers: 32 of 512 bits, or 16 of 256.
@@ -72,8 +76,7 @@ def dot_tile(
                 row_bytes = e.mul(d, 4 if kind_here == KIND_F32 else 2)
                 acc = emit_dot(e, kind_here, xs, [e.add(w, e.mul(r, row_bytes)) for r in which], d)
             else:
-                is_int4 = kind_here in (KIND_INT4, KIND_Q8)
-                row_bytes, scale_bytes = b.sdiv(d, e.i64(2)) if is_int4 else d, b.sdiv(d, e.i64(16))
+                row_bytes, scale_bytes = b.sdiv(d, e.i64(2)), b.sdiv(d, e.i64(16))
                 acc = _EMIT_GROUPS[kind_here](
                     e,
                     xs,
@@ -89,7 +92,7 @@ def dot_tile(
             body(only_kind)
         else:
             for k in (KIND_F32, KIND_BF16, *_EMIT_GROUPS):
-                if n_tokens > 1 and k in (KIND_Q8, KIND_INT8_Q8):
+                if n_tokens > 1 and k == KIND_INT4_Q8:
                     continue  # `gemm`, or one token after the other
                 with b.if_then(b.icmp_signed("==", kind_value, e.i64(k))):
                     body(k)
@@ -103,9 +106,30 @@ def dot_tile(
 def dot_rows(  # type: ignore[no-untyped-def]
     kind, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
 ):
-    """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop."""
-    n, is_q8 = p_stop - p_start, kind in (KIND_Q8, KIND_INT8_Q8)
-    if n == 1 or (is_q8 and n < GEMM_TOKENS):
+    """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop.
+
+    For packed weights start is a multiple of 16.
+    """
+    n, is_q8 = p_stop - p_start, kind >= WITH_Q8
+    stored = kind - WITH_Q8 if is_q8 else kind
+    bits = 8 if stored == KIND_PACKED8 else 4
+    is_packed = stored in (KIND_PACKED4, KIND_PACKED8)
+    if is_q8 and n >= GEMM_TOKENS:
+        gemm_rows(
+            stored, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop,
+        )  # fmt: skip
+        return
+    if is_packed:
+        if is_q8:
+            for p in range(p_start, p_stop):
+                gemv_rows(
+                    bits, x + load_i64(index + p * 8) * x_stride, w, d, out + p * out_stride,
+                    start, stop,
+                )  # fmt: skip
+        else:
+            rows_f32(bits, x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop)
+        return
+    if n == 1 or is_q8:
         size = stop - start if n == 1 else ROW_BLOCK
         for block in range(start, stop, size):
             block_stop = min(block + size, stop)
@@ -116,12 +140,6 @@ def dot_rows(  # type: ignore[no-untyped-def]
                         STREAMS, 1, kind, x, x_stride, index, p, p, out, out_stride,
                         w, scale, block + i, step, block_stop - 1, d,
                     )  # fmt: skip
-        return
-    if is_q8:
-        gemm_rows(
-            int(kind == KIND_INT8_Q8), x, x_stride, index, p_start, p_stop, out, out_stride,
-            w, scale, d, start, stop,
-        )  # fmt: skip
         return
     for block in range(start, stop, ROW_BLOCK):
         block_stop = min(block + ROW_BLOCK, stop)

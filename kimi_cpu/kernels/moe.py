@@ -6,10 +6,10 @@ p in [start, stop); one token makes K segments of one pair. Both phases may be s
 
 from __future__ import annotations
 
-from kimi_cpu.kernels.common import KIND_INT4
+from kimi_cpu.kernels.common import KIND_INT4, WITH_Q8
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, pack_rows
 from kimi_cpu.kernels.isa import jit
-from kimi_cpu.kernels.matmul import KIND_Q8, dot_rows
+from kimi_cpu.kernels.matmul import dot_rows
 from kimi_cpu.kernels.norm_rope import silu_mul_row, weighted_row_sum
 from kimi_cpu.kernels.rows import store_i64
 from kimi_cpu.kernels.simd import load_i32, load_i64
@@ -18,7 +18,7 @@ from kimi_cpu.kernels.simd import load_i32, load_i64
 @jit
 def _kind(kinds, expert, fast):  # type: ignore[no-untyped-def]
     kind = load_i32(kinds + expert * 4)
-    return KIND_Q8 if fast and kind == KIND_INT4 else kind
+    return kind + WITH_Q8 if fast and kind >= KIND_INT4 else kind
 
 
 @jit
@@ -33,7 +33,7 @@ def gate_up_range(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Rows start .. stop-1 of silu(gate x) * up x of every pair, into gate [P, width].
 
-    For INT4 experts in fast mode x comes packed in xq and the result is packed into hq too, so
+    For quantised experts in fast mode x comes packed in xq and the result is packed into hq too, so
     start and stop must then be multiples of 32. segments: int64 [n, 3] of expert, start, stop;
     pair_token: int64 [P], the row of x; table, kinds: of ExpertTable. All addresses.
     """
@@ -41,7 +41,7 @@ def gate_up_range(  # type: ignore[no-untyped-def]
         expert = load_i64(segments + s * 24)
         p_start, p_stop = load_i64(segments + s * 24 + 8), load_i64(segments + s * 24 + 16)
         kind = _kind(kinds, expert, fast)
-        source, stride = (xq, _packed(d)) if kind == KIND_Q8 else (x, d * 4)
+        source, stride = (xq, _packed(d)) if kind >= WITH_Q8 else (x, d * 4)
         for part in range(2):
             dot_rows(
                 kind, source, stride, pair_token, p_start, p_stop,
@@ -52,7 +52,7 @@ def gate_up_range(  # type: ignore[no-untyped-def]
         for p in range(p_start, p_stop):
             at = (p * width + start) * 4
             silu_mul_row(gate + at, up + at, gate + at, stop - start)
-        if kind == KIND_Q8:
+        if kind >= WITH_Q8:
             pack_rows(gate, width, hq, p_start, p_stop, start, stop)
 
 
@@ -70,7 +70,7 @@ def down_range(  # type: ignore[no-untyped-def]
         expert = load_i64(segments + s * 24)
         p_start, p_stop = load_i64(segments + s * 24 + 8), load_i64(segments + s * 24 + 16)
         kind = _kind(kinds, expert, fast)
-        source, stride = (hq, _packed(width)) if kind == KIND_Q8 else (hidden, width * 4)
+        source, stride = (hq, _packed(width)) if kind >= WITH_Q8 else (hidden, width * 4)
         dot_rows(
             kind, source, stride, iota, p_start, p_stop, slots, d * 4,
             load_i64(table + expert * 48 + 32), load_i64(table + expert * 48 + 40),

@@ -15,7 +15,7 @@ from kimi_cpu.quant import (
     GROUP_SIZE,
     U16,
     Int4Weight,
-    Int8Weight,
+    PackedWeight,
     Weight,
     as_f32,
     dequantize,
@@ -40,8 +40,8 @@ def quantize_activations(x: F32) -> Q8:
     return Q8(q.reshape(x.shape), largest * np.float32(1 / 127))
 
 
-def linear_q8(xq: Q8, w: Int4Weight | Int8Weight, threads: int = 1) -> F32:
-    """Quantised activations [T, D] times INT4 or int8 w [O, D] transposed -> [T, O].
+def linear_q8(xq: Q8, w: Int4Weight | PackedWeight, threads: int = 1) -> F32:
+    """Quantised activations [T, D] times INT4 or packed w [O, D] transposed -> [T, O].
 
     Integer products are summed exactly inside a group, then scaled and added in float32.
     """
@@ -55,8 +55,9 @@ def silu_mul(gate: F32, up: F32) -> F32:
     return out
 
 
-def _project(x: F32, w: Weight, precision: Precision) -> F32:
-    if precision == "fast" and isinstance(w, Int4Weight):
+def project(x: F32, w: Weight, precision: Precision, threads: int = 1) -> F32:
+    """x [T, D] times w [O, D] transposed -> [T, O]; "fast" and quantised: int8 activations."""
+    if precision == "fast" and isinstance(w, Int4Weight | PackedWeight):
         return linear_q8(quantize_activations(x), w)
     return linear(x, w)
 
@@ -68,14 +69,14 @@ def moe(
 
     Row t is the sum, in slot order k = 0 .. K-1, of
     weights[t, k] * down(silu(gate x_t) * up x_t) of expert ids[t, k].
-    Only chosen experts are touched. INT4 projections of "fast" precision see int8 activations.
+    Only chosen experts are touched. Quantised projections of "fast" precision see int8 activations.
     """
     slots = np.empty((*ids.shape, x.shape[1]), dtype=np.float32)
     for e in np.unique(ids):
         gate, up, down = experts[int(e)]
         tokens, slot = np.nonzero(ids == e)
-        hidden = silu_mul(_project(x[tokens], gate, precision), _project(x[tokens], up, precision))
-        slots[tokens, slot] = _project(hidden, down, precision)
+        hidden = silu_mul(project(x[tokens], gate, precision), project(x[tokens], up, precision))
+        slots[tokens, slot] = project(hidden, down, precision)
     out = np.zeros_like(x)
     for k in range(ids.shape[1]):
         out += weights[:, k, None] * slots[:, k]

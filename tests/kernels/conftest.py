@@ -7,13 +7,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from kimi_cpu.quant import F32, Weight, f32_to_bf16, quantize_int4, quantize_int8
+from kimi_cpu.quant import F32, Weight, f32_to_bf16, pack, quantize_int4, quantize_int8
 
 MAKE_WEIGHT: dict[str, Callable[[F32], Weight]] = {
     "f32": lambda w: w,
     "bf16": f32_to_bf16,
     "int4": quantize_int4,
-    "int8": quantize_int8,
+    "packed4": lambda w: pack(quantize_int4(w)),
+    "packed8": lambda w: pack(quantize_int8(w)),
 }
 
 

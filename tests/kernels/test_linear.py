@@ -15,10 +15,12 @@ from kimi_cpu.quant import (
     Int8Weight,
     dequantize,
     f32_to_bf16,
+    pack,
     quantize_int4,
     quantize_int8,
     unpack_int4,
 )
+from tests.kernels.conftest import Inputs
 
 SHAPES = [
     # T, D, O: around the borders of vectors, packed parts, tiles and row blocks
@@ -38,14 +40,14 @@ def test_dense(inputs, close, kind, n, d, rows):
 
 
 @pytest.mark.parametrize(("n", "d", "rows"), GROUPED)
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "packed4", "packed8"])
 def test_groups_exact(inputs, close, kind, n, d, rows):
     x, w = inputs.f32(n, d), inputs.weight(kind, rows, d)
     close(fast.linear(x, w), reference.linear(x, w))
 
 
 @pytest.mark.parametrize(("n", "d", "rows"), GROUPED)
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "packed4", "packed8"])
 def test_q8(inputs, close, kind, n, d, rows):
     x, w = inputs.f32(n, d), inputs.weight(kind, rows, d)
     close(
@@ -56,11 +58,11 @@ def test_q8(inputs, close, kind, n, d, rows):
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(1, 10), st.integers(1, 40), st.integers(1, 70), st.integers(0, 99),
-       st.sampled_from([quantize_int4, quantize_int8]))  # fmt: skip
-def test_q8_any_shape(n, groups, rows, seed, quantize):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((n, groups * GROUP_SIZE)).astype(np.float32)
-    w = quantize(rng.standard_normal((rows, groups * GROUP_SIZE)).astype(np.float32))
+       st.sampled_from(["int4", "packed4", "packed8"]))  # fmt: skip
+def test_q8_any_shape(n, groups, rows, seed, kind):
+    inputs = Inputs(seed)
+    x = inputs.f32(n, groups * GROUP_SIZE)
+    w = inputs.weight(kind, rows, groups * GROUP_SIZE)
     got = fast.linear_q8(fast.quantize_activations(x), w)
     want = reference.linear_q8(reference.quantize_activations(x), w)
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
@@ -96,13 +98,14 @@ def test_int8_integers_are_exact_at_the_extremes():
     d, rows = 1056, 17
     q = np.resize(np.arange(-128, 128, dtype=np.int64), (rows, d)).astype(np.int8)
     q[0], q[1] = 127, -128
-    w = Int8Weight(q, f32_to_bf16(np.ones((rows, d // 32), np.float32)))
+    w = pack(Int8Weight(q, f32_to_bf16(np.ones((rows, d // 32), np.float32))))
     for x in (np.ones(d), -np.ones(d), np.resize([1.0, -1.0], d), np.resize([1.0, 1.0, -1.0], d)):
         x = np.tile((127 * x[None, :]).astype(np.float32), (5, 1))
         want = q.astype(np.int64) @ x[0].astype(np.int64)
         for n in (1, 5):
             got = fast.linear_q8(fast.quantize_activations(x[:n]), w)
             np.testing.assert_allclose(got[-1], want, rtol=1e-6)
+        np.testing.assert_array_equal(fast.linear(x, w)[-1], want)
 
 
 def test_quantize_int8_stays_within_half_a_step(inputs):
@@ -127,7 +130,7 @@ def test_zero_groups_give_zero(inputs, close):
     close(fast.linear(x, packed), reference.linear(x, packed))
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "int4", "int8"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int4", "packed4", "packed8"])
 def test_a_token_does_not_see_its_neighbours(inputs, kind):
     x, w = inputs.f32(11, 608), inputs.weight(kind, 37, 608)
     together = fast.linear(x, w)
@@ -135,7 +138,7 @@ def test_a_token_does_not_see_its_neighbours(inputs, kind):
         np.testing.assert_array_equal(together[t], fast.linear(x[t : t + 1], w)[0])
 
 
-@pytest.mark.parametrize("kind", ["int4", "int8"])
+@pytest.mark.parametrize("kind", ["int4", "packed4", "packed8"])
 @pytest.mark.parametrize("few", [True, False])
 def test_q8_a_token_does_not_see_its_neighbours(inputs, close, kind, few):
     """Bit for bit within the kernel for few tokens and within that for many (see `gemm`)."""
@@ -165,7 +168,7 @@ def test_q8_gemm_does_not_depend_on_the_range_of_rows(inputs, rows):
             np.testing.assert_array_equal(whole[:, start:stop], fast.linear_q8(xq, part))
 
 
-@pytest.mark.parametrize("kind", ["f32", "bf16", "int4", "int8"])
+@pytest.mark.parametrize("kind", ["f32", "bf16", "int4", "packed4", "packed8"])
 @pytest.mark.parametrize("n", [1, 6])
 def test_threads_do_not_change_the_result(inputs, kind, n, monkeypatch):
     monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
