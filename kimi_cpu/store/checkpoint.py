@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import CheckpointError
-from kimi_cpu.quant import F32, U16, Weight
+from kimi_cpu.quant import F32, U8, U16, Weight
 from kimi_cpu.store.extents import Extent
 from kimi_cpu.store.safetensors import TensorEntry
 
@@ -88,11 +88,24 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def expert(self, layer: int, expert: int) -> tuple[Weight, Weight, Weight]:
-        """(gate, up, down) of one routed expert: [I, D], [I, D], [D, I]."""
+        """(gate, up, down) of one routed expert: [I, D], [I, D], [D, I].
+
+        Raises CheckpointError if its scales are not finite (looked at once: reads all of it).
+        """
 
     @abstractmethod
     def expert_extents(self, layer: int, expert: int) -> list[Extent]:
         """Where the bytes of one routed expert lie: few long ranges, in the order of the files."""
+
+    @abstractmethod
+    def expert_from(
+        self, layer: int, expert: int, buffers: Sequence[U8]
+    ) -> tuple[Weight, Weight, Weight]:
+        """What `expert` gives, as views on bytes that the caller has read.
+
+        Args:
+            buffers: uint8 [length] of each of `expert_extents`, in its order.
+        """
 
     @abstractmethod
     def close(self) -> None:

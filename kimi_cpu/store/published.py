@@ -8,21 +8,24 @@ is checked when a tensor is first handed out, so that only what is read costs ti
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+
+import numpy as np
+import numpy.typing as npt
 
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.config.reader import load_json_object, shown
 from kimi_cpu.errors import CheckpointError
-from kimi_cpu.quant import F32, U16, Weight
+from kimi_cpu.quant import F32, U8, U16, Int4Weight, Weight
 from kimi_cpu.store.checkpoint import INDEX_NAME, SINGLE_NAME, Checkpoint
 from kimi_cpu.store.extents import Extent, merged
 from kimi_cpu.store.layout import PROJECTIONS
-from kimi_cpu.store.safetensors import SafetensorsFile, TensorEntry
+from kimi_cpu.store.safetensors import NUMPY_DTYPES, SafetensorsFile, TensorEntry
 from kimi_cpu.store.tensors import Tensors
-from kimi_cpu.store.validate import check_against_config, select
+from kimi_cpu.store.validate import Header, check_against_config, select
 
 _MAX_INDEX_BYTES = 256 << 20
 _INCOMPLETE = "The download is incomplete or mixed from two models: fetch the checkpoint again."
@@ -84,15 +87,48 @@ class PublishedCheckpoint(Checkpoint):
 
     def expert_extents(self, layer: int, expert: int) -> list[Extent]:
         # In published files two: the packed weights with their shapes, and the scales.
-        base = f"model.layers.{layer}.mlp.experts.{expert}"
-        extents = []
+        return merged(self._expert_tensors(layer, expert).values())
+
+    def expert_from(
+        self, layer: int, expert: int, buffers: Sequence[U8]
+    ) -> tuple[Weight, Weight, Weight]:
+        tensors = self._expert_tensors(layer, expert)
+        read = list(zip(merged(tensors.values()), buffers, strict=True))
+
+        def array(name: str) -> npt.NDArray[Any]:
+            path, begin, length = tensors[name]
+            extent, buffer = next(
+                (extent, buffer)
+                for extent, buffer in read
+                if extent.path == path and extent.offset <= begin < extent.offset + extent.length
+            )
+            data = buffer[begin - extent.offset :][:length]
+            entry = self.entry(name)
+            typed = np.require(data.view(NUMPY_DTYPES[entry.dtype]), requirements="A")
+            return typed.reshape(entry.shape)
+
+        def weight(projection: str) -> Weight:
+            name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}"
+            if f"{name}.weight" in tensors:
+                dense: U16 | F32 = array(f"{name}.weight")
+                return dense
+            scale = array(f"{name}.weight_scale")
+            self._tensors.check_finite(f"{name}.weight_scale", scale)
+            return Int4Weight(array(f"{name}.weight_packed").view(np.uint8), scale)
+
+        gate, up, down = map(weight, PROJECTIONS)
+        return gate, up, down
+
+    def _expert_tensors(self, layer: int, expert: int) -> dict[str, Extent]:
+        """Name -> where it lies, of all tensors of a routed expert."""
+        tensors = {}
         for projection in PROJECTIONS:
             for part in ("weight", "weight_packed", "weight_scale", "weight_shape"):
-                name = f"{base}.{projection}.{part}"
+                name = f"model.layers.{layer}.mlp.experts.{expert}.{projection}.{part}"
                 if name in self._tensors:
                     entry = self.entry(name)
-                    extents.append(Extent(self.file_of(name), entry.begin, entry.nbytes))
-        return merged(extents)
+                    tensors[name] = Extent(self.file_of(name), entry.begin, entry.nbytes)
+        return tensors
 
     def close(self) -> None:
         for file in self._files:
@@ -126,15 +162,13 @@ def _open_shards(folder: Path, files: list[SafetensorsFile]) -> dict[str, Safete
     return by_name(folder, weight_map, files)
 
 
-def by_name(
-    folder: Path, weight_map: dict[str, str], files: list[SafetensorsFile]
-) -> dict[str, SafetensorsFile]:
+def by_name(folder: Path, weight_map: dict[str, str], files: list[Header]) -> dict[str, Header]:
     """Stored name -> file, if the files hold exactly what the index says; CheckpointError if not.
 
     Args:
         files: all files that the index names.
     """
-    stored: dict[str, SafetensorsFile] = {}
+    stored: dict[str, Header] = {}
     for file in files:
         shard_name = file.path.name
         for name in file.names():

@@ -43,7 +43,7 @@ _TRUNCATED = "The file is truncated: download it again."
 
 #: (dtype, shape, begin, end). Plain tuples in the table: the garbage collector stops tracking
 #: those, so that 200,000 of them cost later collections nothing.
-RawEntry = tuple[str, tuple[int, ...], int, int]
+_RawEntry = tuple[str, tuple[int, ...], int, int]
 
 
 class TensorEntry(NamedTuple):
@@ -59,21 +59,22 @@ class TensorEntry(NamedTuple):
         return self.end - self.begin
 
 
-class SafetensorsFile:
-    """One open, validated, memory-mapped safetensors file."""
+class SafetensorsHeader:
+    """What the header of a safetensors file says: the file itself need not be there.
 
-    def __init__(self, path: Path) -> None:
-        """Map the file and check its header; raises CheckpointError naming file and tensor."""
+    Attributes:
+        path: the file.
+        size: its bytes.
+    """
+
+    def __init__(self, path: Path, encoded: bytes, size: int) -> None:
+        """Check a header (its JSON, without the length) of a file of `size` bytes.
+
+        Raises CheckpointError naming `path` and the tensor.
+        """
         self.path = path
-        self._file = MappedFile(path, 8, _DAMAGED)
-        self.size = self._file.size
-        try:
-            length = _header_length(path, self._file.read(0, 8), self.size)
-            header = self._file.read(8, 8 + length)
-            self._entries = parse_header(path, header, self.size)
-        except BaseException:
-            self.close()
-            raise
+        self.size = size
+        self._entries = _parse(path, encoded, size)
 
     def names(self) -> list[str]:
         """Names of all tensors, in the header's order."""
@@ -87,6 +88,20 @@ class SafetensorsFile:
         """Bytes of tensor `name`."""
         _, _, begin, end = self._entries[name]
         return end - begin
+
+
+class SafetensorsFile(SafetensorsHeader):
+    """One open, validated, memory-mapped safetensors file."""
+
+    def __init__(self, path: Path) -> None:
+        """Map the file and check its header; raises CheckpointError naming file and tensor."""
+        self._file = MappedFile(path, 8, _DAMAGED)
+        try:
+            length = header_length(path, self._file.read(0, 8), self._file.size)
+            super().__init__(path, self._file.read(8, 8 + length), self._file.size)
+        except BaseException:
+            self.close()
+            raise
 
     def bytes_of(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes as a read-only uint8 view [n]."""
@@ -120,7 +135,8 @@ class SafetensorsFile:
         self._file.close()
 
 
-def _header_length(path: Path, first: bytes, size: int) -> int:
+def header_length(path: Path, first: bytes, size: int) -> int:
+    """The header's length from the first 8 bytes of a file; CheckpointError if it cannot be."""
     length = int.from_bytes(first, "little")
     if length > MAX_HEADER_BYTES:
         raise CheckpointError(f"{path}: header claims {length} bytes", _DAMAGED)
@@ -131,11 +147,7 @@ def _header_length(path: Path, first: bytes, size: int) -> int:
     return length
 
 
-def parse_header(path: Path, encoded: bytes, size: int) -> dict[str, RawEntry]:
-    """The entries of a header (its JSON, without the length) of a file of `size` bytes.
-
-    Raises CheckpointError naming `path` and the tensor.
-    """
+def _parse(path: Path, encoded: bytes, size: int) -> dict[str, _RawEntry]:
     start = 8 + len(encoded)
     header = parse_json_object(encoded, f"{path}: header", CheckpointError, _DAMAGED)
     header.pop("__metadata__", None)
@@ -157,7 +169,7 @@ def _bad_entry(path: Path, header: dict[str, Any], start: int) -> CheckpointErro
     raise AssertionError("no entry was refused the second time")
 
 
-def _read_entry(fields: Any, start: int) -> RawEntry:
+def _read_entry(fields: Any, start: int) -> _RawEntry:
     """Check one entry of the header; ValueError says what is wrong with it."""
     if type(fields) is not dict or fields.keys() != _FIELDS:
         raise ValueError("expected exactly dtype, shape and data_offsets")
@@ -181,7 +193,7 @@ def _read_entry(fields: Any, start: int) -> RawEntry:
     return dtype, tuple(shape), start + begin, start + end
 
 
-def _check_cover(path: Path, entries: dict[str, RawEntry], start: int, size: int) -> None:
+def _check_cover(path: Path, entries: dict[str, _RawEntry], start: int, size: int) -> None:
     """The tensors must follow each other without overlap or hole and fill the file exactly."""
     position, previous = start, "the header"
     for name, (_, _, begin, end) in sorted(entries.items(), key=lambda item: item[1][2:]):
