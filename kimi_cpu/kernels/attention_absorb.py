@@ -12,14 +12,14 @@ from numba.core import types
 
 from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
 from kimi_cpu.kernels.dense import load_weights
-from kimi_cpu.kernels.isa import VARIANT, jit
+from kimi_cpu.kernels.isa import REGISTERS, jit
 from kimi_cpu.kernels.simd import FLOAT, LANES, Emit, F32x16, const, literal_intrinsic
 
 #: Tokens that share a row of the weight.
 _TOKENS = 4
 #: Vectors of the sums of one token, and of each of _TOKENS tokens, that fit the registers.
-_VECTORS_ONE = {"avx512vnni": 16, "avx2": 4}.get(VARIANT, 2)
-_VECTORS = {"avx512vnni": 4}.get(VARIANT, 1)
+_VECTORS_ONE = REGISTERS // 2
+_VECTORS = max(REGISTERS // 2 // _TOKENS, 1)
 _WINDOW_ROWS = 16
 
 

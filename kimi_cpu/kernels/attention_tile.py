@@ -24,7 +24,7 @@ from numba.core import types
 from numba.core.registry import cpu_target
 
 from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
-from kimi_cpu.kernels.isa import VARIANT
+from kimi_cpu.kernels.isa import REGISTERS, VARIANT
 from kimi_cpu.kernels.simd import (
     FLOAT,
     I16,
@@ -47,9 +47,9 @@ HAS_BF16_DOT: bool = VARIANT == "avx512vnni" and "+avx512bf16" in (
     cpu_target.target_context.codegen().magic_tuple()[2].split(",")
 )
 
-# A tile of TILE x VECTORS sums fills the registers: 32 of 512 bits, 16 of 256 or of 128.
-VECTORS = 2 if VARIANT == "avx512vnni" else 1
-TILE = {"avx512vnni": 8, "avx2": 4}.get(VARIANT, 2)
+# A tile of TILE x VECTORS sums takes half of the registers.
+VECTORS = 2 if REGISTERS == 32 else 1
+TILE = REGISTERS // 2 // VECTORS
 PANEL = LANE_GROUP = LANES * VECTORS
 #: Rows of keys that are in the caches at a time; a multiple of ROW_STEP.
 BLOCK_ROWS = 128

@@ -1,12 +1,14 @@
 """Which instructions the kernels use, and where their compiled code is kept.
 
 Importing this module imports numba. The variant follows what Numba will really emit for this
-process, and the environment variable KIMI_CPU_ISA forces a lower one, so that the AVX2 code is
-tested on an AVX-512 machine:
+process, and the environment variable KIMI_CPU_ISA forces another one that the machine can run, so
+that the AVX2 code is tested on an AVX-512 machine:
 
     avx512vnni   512-bit vectors, `vpdpbusd`
+    avxvnni      256-bit vectors, `vpdpbusd`, FMA
     avx2         256-bit vectors, `vpmaddubsw` + `vpmaddwd`, FMA
-    portable     the baseline of the architecture; also what ARM runs for now
+    neon         128-bit vectors of 64-bit ARM, `sdot`, FMA
+    portable     the baseline of any architecture
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,25 +30,60 @@ import llvmlite
 import numba
 from llvmlite.binding import llvm_version_info
 from numba.core import config
+from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 
 from kimi_cpu.errors import UsageError
 
 _KEEP_SECONDS = 30 * 24 * 3600
 
-VARIANTS = ("avx512vnni", "avx2", "portable")
-_NEEDS = {
-    "avx512vnni": {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512vnni", "avx2", "fma"},
-    "avx2": {"avx2", "fma"},
-    "portable": set[str](),
-}
-_FORCED_TARGET = {
-    "avx2": (
-        "haswell",
-        "+64bit,+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+avx2,+fma,+f16c,"
-        "+bmi,+bmi2,+lzcnt,+movbe",
+
+@dataclass(frozen=True)
+class Variant:
+    """What the kernels may use and how much of it there is.
+
+    Attributes:
+        machine: "x86_64" or "aarch64"; "" for any.
+        needs: sets of LLVM's CPU features, of which one must be there as a whole.
+        registers: how many vectors of 16 float32 or int32 the registers hold together.
+        target: LLVM's name of a CPU and features: what is compiled for when the variant is forced,
+            if the machine has them all, and when it is compiled for another machine.
+    """
+
+    machine: str
+    needs: tuple[frozenset[str], ...]
+    registers: int
+    target: tuple[str, str]
+
+
+def _any_of(*features: str) -> tuple[frozenset[str], ...]:
+    return tuple(frozenset(f.split()) for f in features)
+
+
+_AVX2 = (
+    "+64bit,+sse,+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+popcnt,+cx16,+avx,+avx2,+fma,+f16c,"
+    "+bmi,+bmi2,+lzcnt,+movbe"
+)
+_AVX512 = ",+avx512f,+avx512bw,+avx512vl,+avx512dq,+avx512cd,+avx512vnni"
+
+#: The best one first.
+VARIANTS = {
+    "avx512vnni": Variant(
+        "x86_64",
+        _any_of("avx2 fma avx512f avx512bw avx512vl avx512dq avx512vnni"),
+        32,
+        ("icelake-server", _AVX2 + _AVX512),
     ),
-    "portable": ("x86-64", "+64bit,+sse,+sse2,+cx8,+fxsr,+mmx"),
+    # The same code runs on AVX-512 machines, whose LLVM encodes its `vpdpbusd` in another way.
+    "avxvnni": Variant(
+        "x86_64",
+        _any_of("avx2 fma avxvnni", "avx2 fma avx512vl avx512vnni"),
+        8,
+        ("haswell", _AVX2 + ",+avxvnni"),
+    ),
+    "avx2": Variant("x86_64", _any_of("avx2 fma"), 8, ("haswell", _AVX2)),
+    "neon": Variant("aarch64", _any_of("dotprod"), 8, ("generic", "+neon,+fp-armv8,+dotprod")),
+    "portable": Variant("", _any_of(""), 4, ("x86-64", "+64bit,+sse,+sse2,+cx8,+fxsr,+mmx")),
 }
 
 #: Numba's settings, which it makes up at import time.
@@ -55,7 +93,55 @@ numba_config: Any = config
 LLVM_MAJOR: int = llvm_version_info[0]
 
 
-IS_X86 = numba_config.MACHINE_BITS == 64 and platform.machine().lower() in ("x86_64", "amd64")
+def _machine() -> str:
+    """As in `Variant.machine`; "" for an architecture that has only the portable kernels."""
+    name = platform.machine().lower()
+    known = {"x86_64": "x86_64", "amd64": "x86_64", "aarch64": "aarch64", "arm64": "aarch64"}
+    return known.get(name, "") if numba_config.MACHINE_BITS == 64 else ""
+
+
+def _names(features: str) -> set[str]:
+    """The features that an LLVM feature string enables."""
+    return {f[1:] for f in features.split(",") if f.startswith("+")}
+
+
+def _has_dotprod(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this ARM machine has `sdot`, which LLVM does not report (nor anything on macOS)."""
+    if sys.platform == "darwin":
+        return True  # every Mac with an ARM processor
+    with contextlib.suppress(OSError):
+        for line in cpuinfo.read_text("utf-8", "replace").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "Features":
+                return "asimddp" in value.split()
+    return False
+
+
+def _possible(features: str) -> list[str]:
+    """The variants that code with these features may be, the best one first."""
+    machine, enabled = _machine(), _names(features)
+    return [
+        name
+        for name, v in VARIANTS.items()
+        if v.machine in ("", machine) and any(enabled >= needs for needs in v.needs)
+    ]
+
+
+def _set_target(forced: str) -> None:
+    """Tell Numba what to compile for, where it would not do the right thing by itself.
+
+    Takes effect only if nobody compiled with Numba before us in this process; else the kernels
+    still use the forced variant's own instructions, which is what matters.
+    """
+    if numba_config.CPU_NAME is not None or numba_config.CPU_FEATURES is not None:
+        return  # the user's own choice
+    host = get_host_cpu_features()
+    if _machine() == "aarch64" and _has_dotprod():
+        numba_config.CPU_FEATURES = host = f"{host},+dotprod".lstrip(",")
+    if forced and forced != _possible(host)[0]:
+        cpu_name, features = VARIANTS[forced].target
+        if _names(features) <= _names(host):
+            numba_config.CPU_NAME, numba_config.CPU_FEATURES = cpu_name, features
 
 
 def _choose_variant() -> tuple[str, str, str]:
@@ -63,24 +149,34 @@ def _choose_variant() -> tuple[str, str, str]:
     forced = os.environ.get("KIMI_CPU_ISA", "").strip().lower()
     if forced and forced not in VARIANTS:
         raise UsageError(
-            f"KIMI_CPU_ISA={forced!r} is not a kernel variant", f"use one of {', '.join(VARIANTS)}"
+            f"KIMI_CPU_ISA={forced!r} is not a kernel variant",
+            f"Use one of {', '.join(VARIANTS)}, or unset it.",
         )
-    if forced in _FORCED_TARGET and IS_X86 and numba_config.CPU_NAME is None:
-        # Takes effect only if nobody compiled with numba before us in this process; else the
-        # kernels still use the forced variant's own instructions, which is what matters.
-        numba_config.CPU_NAME, numba_config.CPU_FEATURES = _FORCED_TARGET[forced]
+    _set_target(forced)
     _, cpu_name, features = cpu_target.target_context.codegen().magic_tuple()
-    enabled = {f[1:] for f in features.split(",") if f.startswith("+")}
-    possible = [v for v in VARIANTS if enabled >= _NEEDS[v] and (IS_X86 or v == "portable")]
+    possible = _possible(features)
     if forced and forced not in possible:
         raise UsageError(
-            f"this machine cannot run the {forced} kernels",
-            f"unset KIMI_CPU_ISA or use one of {', '.join(possible)}",
+            f"KIMI_CPU_ISA={forced}, but this machine cannot run these kernels",
+            f"Unset it, or use one of {', '.join(possible)}.",
         )
     return forced or possible[0], cpu_name, features
 
 
 VARIANT, CPU_NAME, _CPU_FEATURES = _choose_variant()
+IS_X86 = _machine() == "x86_64"
+#: See `Variant.registers`.
+REGISTERS = VARIANTS[VARIANT].registers
+
+
+def write_code_for(variant: str) -> None:
+    """Let the kernels that are imported from now on emit code of a variant that need not run here.
+
+    For reading what LLVM makes of it (`tools/kernel_asm.py`): nothing may be called any more.
+    """
+    global VARIANT, IS_X86, REGISTERS
+    VARIANT, REGISTERS = variant, VARIANTS[variant].registers
+    IS_X86 = VARIANTS[variant].machine == "x86_64"
 
 
 def _user_cache_dir() -> Path:

@@ -37,6 +37,16 @@ def vec(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
 
 F32x16, I32x16 = vec(FLOAT), vec(I32)
 
+# The instruction that adds four products of bytes to each int32 lane: LLVM's name for it, the lanes
+# of a register, and whether LLVM takes the bytes as such.
+_DOT = {
+    "avx512vnni": ("llvm.x86.avx512.vpdpbusd.512", 16, LLVM_MAJOR >= 22),
+    "avxvnni": ("llvm.x86.avx512.vpdpbusd.256", 8, LLVM_MAJOR >= 22),
+    "neon": ("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, True),
+}.get(VARIANT, ())
+#: Whether `Emit.dot_s8` takes its first factor as unsigned.
+UNSIGNED_DOT = VARIANT in ("avx512vnni", "avxvnni")
+
 
 def const(ty: ir.Type, value: float | int) -> ir.Constant:
     """A scalar constant, or a vector constant with all lanes equal."""
@@ -242,43 +252,91 @@ class Emit:
         scale = self.b.bitcast(self.b.shl(exponent, const(I32x16, 23)), F32x16)
         return self.b.fmul(p, scale)
 
-    # Integer dot product
+    # Integer dot products
 
     bool_type = I1
 
     def dot_u8_s8(self, total: Any, u: Any, s: Any) -> Any:
-        """AVX-512 VNNI only: total <16 x i32> + four products a lane of unsigned and signed."""
-        if LLVM_MAJOR < 22:
-            u, s = self.b.bitcast(u, I32x16), self.b.bitcast(s, I32x16)
-        return self.call("llvm.x86.avx512.vpdpbusd.512", I32x16, [total, u, s])
+        return self._dot(total, u, s)
 
     def dot_u4_s8(self, total: Any, low: Any, even: Any, high: Any, odd: Any) -> Any:
         """total + dot(low, even) + dot(high, odd), four products to a lane.
 
         total <16 x i32>; low, high <64 x i8> unsigned up to 15; even, odd <64 x i8> signed.
         """
-        if VARIANT == "avx512vnni":
-            return self.dot_u8_s8(self.dot_u8_s8(total, low, even), high, odd)
+        if _DOT:
+            return self._dot(self._dot(total, low, even), high, odd)
         if VARIANT == "avx2":
-            parts = []
-            for half in (range(32), range(32, 64)):
-                pairs = [
-                    self.call("llvm.x86.avx2.pmadd.ub.sw", vec(I16, 16), [
-                        self.shuffle(u, u, half), self.shuffle(s, s, half),
-                    ])
-                    for u, s in ((low, even), (high, odd))
-                ]  # fmt: skip
-                # At most 4 * 15 * 127 = 7620: no 16-bit overflow
-                both = self.b.add(pairs[0], pairs[1])
-                parts.append(self.call("llvm.x86.avx2.pmadd.wd", vec(I32, 8), [
-                    both, const(vec(I16, 16), 1),
-                ]))  # fmt: skip
-            return self.b.add(total, self.shuffle(parts[0], parts[1], range(16)))
+            # At most 4 * 15 * 127 = 7620: no 16-bit overflow
+            def products(low: Any, even: Any, high: Any, odd: Any) -> Any:
+                return self._sum_pairs(
+                    self.b.add(self._multiply_pairs(low, even), self._multiply_pairs(high, odd))
+                )
+
+            return self.b.add(total, self._by_registers(8, products, low, even, high, odd))
         wide = vec(I16, 64)
-        products = self.b.add(
+        products16 = self.b.add(
             self.b.mul(self.b.zext(low, wide), self.b.sext(even, wide)),
             self.b.mul(self.b.zext(high, wide), self.b.sext(odd, wide)),
         )
+        return self._add_fours(total, products16)
+
+    def dot_s8(self, total: Any, w: Any, x: Any) -> Any:
+        """total <16 x i32> + four products a lane of w and x, <64 x i8>.
+
+        x is signed and not -128; w is signed, or unsigned if UNSIGNED_DOT.
+        """
+        if _DOT:
+            return self._dot(total, w, x)
+        if VARIANT == "avx2":
+
+            def products(w: Any, x: Any) -> Any:
+                size = self.call("llvm.abs.v32i8", vec(I8, 32), [w, const(I1, 0)])
+                signed = self.call("llvm.x86.avx2.psign.b", vec(I8, 32), [x, w])
+                # At most 2 * 128 * 127: no 16-bit overflow
+                return self._sum_pairs(self._multiply_pairs(size, signed))
+
+            return self.b.add(total, self._by_registers(8, products, w, x))
+        wide = vec(I16, 64)
+        return self._add_fours(total, self.b.mul(self.b.sext(w, wide), self.b.sext(x, wide)))
+
+    def _dot(self, total: Any, a: Any, b: Any) -> Any:
+        """The machine's own instruction: total + four products of bytes a lane."""
+        name, lanes, as_bytes = _DOT
+
+        def one(total: Any, a: Any, b: Any) -> Any:
+            if not as_bytes:
+                a, b = self.b.bitcast(a, total.type), self.b.bitcast(b, total.type)
+            return self.call(name, total.type, [total, a, b])
+
+        return self._by_registers(lanes, one, total, a, b)
+
+    def _by_registers(self, lanes: int, compute: Callable[..., Any], *vectors: Any) -> Any:
+        """`compute` for every part of `lanes` of the 16 lanes, and the results put together."""
+        parts = []
+        for first in range(0, LANES, lanes):
+            here = []
+            for v in vectors:
+                size = v.type.count // LANES
+                here.append(self.shuffle(v, v, range(size * first, size * (first + lanes))))
+            parts.append(compute(*here))
+        while len(parts) > 1:
+            both = range(2 * parts[0].type.count)
+            parts = [
+                self.shuffle(*pair, both) for pair in zip(parts[::2], parts[1::2], strict=True)
+            ]
+        return parts[0]
+
+    def _multiply_pairs(self, u: Any, s: Any) -> Any:
+        """AVX2: <32 x i8> unsigned and signed -> <16 x i16>, sums of two products."""
+        return self.call("llvm.x86.avx2.pmadd.ub.sw", vec(I16), [u, s])
+
+    def _sum_pairs(self, v: Any) -> Any:
+        """AVX2: <16 x i16> -> <8 x i32>."""
+        return self.call("llvm.x86.avx2.pmadd.wd", vec(I32, 8), [v, const(vec(I16), 1)])
+
+    def _add_fours(self, total: Any, products: Any) -> Any:
+        """total <16 x i32> + the sums of each four of <64 x i16>."""
         for i in range(4):
             lane = self.shuffle(products, products, range(i, 64, 4))
             total = self.b.add(total, self.b.sext(lane, I32x16))
