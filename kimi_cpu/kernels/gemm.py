@@ -24,7 +24,6 @@ from kimi_cpu.kernels.common import KIND_PACKED4, KIND_PACKED8
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, PACK_SCALES, PACK_SUMS
 from kimi_cpu.kernels.int8 import dot_s8, start_sums
 from kimi_cpu.kernels.isa import VARIANT, jit
-from kimi_cpu.kernels.packed import PREFETCH_BYTES as PACKED_PREFETCH_BYTES
 from kimi_cpu.kernels.packed import block_bytes, load_int8
 from kimi_cpu.kernels.simd import (
     FLOAT,
@@ -124,8 +123,8 @@ def fill_packed(typingctx: Any, bits: Any, panel: Any, block: Any, n_groups: Any
         size, bytes64 = block_bytes(n_bits), vec(I8, 64)
         with e.loop(0, b.lshr(e.add(n_groups, 1), e.i64(1))) as i:  # two groups
             at, place = e.add(block, e.mul(i, size)), e.add(panel, e.mul(i, 2 * GROUP_BYTES))
-            for line in range(0, size, 64):
-                e.prefetch(at, PACKED_PREFETCH_BYTES + line)
+            for line in range(0, size, 64):  # of the next panel
+                e.prefetch(at, PACK_ELEMENTS // BLOCK_COLUMNS * size + line)
             for group in range(2):
                 to = GROUP_BYTES * group
                 for j in range(4):

@@ -37,6 +37,8 @@ _EMIT_GROUPS: dict[int, Callable[..., Any]] = {
 
 # Tiles that fit the registers: 32 of 512 bits, or 16 of 256.
 STREAMS = 8 if VARIANT == "avx512vnni" else 4
+#: Rows of INT4 read side by side: more crowd the L1 cache, in which rows of 2^k bytes collide.
+INT4_STREAMS = 3
 TILE_ROWS = 4 if VARIANT == "avx512vnni" else 2
 TILE_TOKENS = 4
 #: Rows whose weights stay in the L2 cache while all tokens pass by.
@@ -91,9 +93,7 @@ def dot_tile(
         if only_kind is not None:
             body(only_kind)
         else:
-            for k in (KIND_F32, KIND_BF16, *_EMIT_GROUPS):
-                if n_tokens > 1 and k == KIND_INT4_Q8:
-                    continue  # `gemm`, or one token after the other
+            for k in (KIND_F32, KIND_BF16, KIND_INT4):
                 with b.if_then(b.icmp_signed("==", kind_value, e.i64(k))):
                     body(k)
         return context.get_dummy_value()
@@ -129,17 +129,25 @@ def dot_rows(  # type: ignore[no-untyped-def]
         else:
             rows_f32(bits, x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop)
         return
-    if n == 1 or is_q8:
+    if is_q8:
         size = stop - start if n == 1 else ROW_BLOCK
         for block in range(start, stop, size):
             block_stop = min(block + size, stop)
-            step = (block_stop - block + STREAMS - 1) // STREAMS
+            step = (block_stop - block + INT4_STREAMS - 1) // INT4_STREAMS
             for p in range(p_start, p_stop):
                 for i in range(step):
                     dot_tile(
-                        STREAMS, 1, kind, x, x_stride, index, p, p, out, out_stride,
+                        INT4_STREAMS, 1, KIND_INT4_Q8, x, x_stride, index, p, p, out, out_stride,
                         w, scale, block + i, step, block_stop - 1, d,
                     )  # fmt: skip
+        return
+    if n == 1:
+        step = (stop - start + STREAMS - 1) // STREAMS
+        for i in range(step):
+            dot_tile(
+                STREAMS, 1, kind, x, x_stride, index, p_start, p_start, out, out_stride, w, scale,
+                start + i, step, stop - 1, d,
+            )  # fmt: skip
         return
     for block in range(start, stop, ROW_BLOCK):
         block_stop = min(block + ROW_BLOCK, stop)

@@ -18,7 +18,7 @@ from numba.core import types
 
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_SCALES, PACK_SUMS
 from kimi_cpu.kernels.int8 import bias_weights, dot_s8, start_sums
-from kimi_cpu.kernels.isa import VARIANT, jit
+from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.simd import (
     FLOAT,
     I8,
@@ -34,12 +34,12 @@ from kimi_cpu.kernels.simd import (
 )
 from kimi_cpu.quant import BLOCK_COLUMNS, BLOCK_ROWS
 
-#: Row blocks read side by side, what the memory likes best and the registers hold.
-STREAMS = 8 if VARIANT == "avx512vnni" else 4
+#: Row blocks read side by side: more hide the memory's latency, fewer do not crowd the L1 cache.
+STREAMS = 4
 #: Tokens of a tile with float32 activations.
 TILE_TOKENS = 4
 #: How far ahead of a stream its memory is asked for.
-PREFETCH_BYTES = 1024
+PREFETCH_BYTES = 768
 _BYTES = vec(I8, 64)
 
 
