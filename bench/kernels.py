@@ -3,8 +3,9 @@
     python bench/kernels.py [--threads 2] [--rounds 5] [--only TEXT] [--json FILE]
 
 Shapes are those of Kimi K2. Weights come from 1 GB of memory and more, one matrix after the other,
-so that no cache serves them. All rows of a round alternate with the streaming readers of
-`kernels/bandwidth.py`; the ceiling is the best reader's median. Attention: `bench/attention.py`.
+so that no cache serves them, and every row is a recorded tape of calls, as a token is. All rows
+of a round alternate with the streaming readers of `kernels/bandwidth.py`; the ceiling is the best
+reader's median. Attention: `bench/attention.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import argparse
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,8 @@ from kimi_cpu.kernels.common import ExpertTable
 from kimi_cpu.quant import Int4Weight, PackedWeight, Weight, packed_shape
 
 HIDDEN, WIDTH, N_EXPERTS = 7168, 2048, 48
+#: Does something once, on all threads: amount a second.
+Work = Callable[[], float]
 #: A bf16 scale of 2^-10.
 _SCALE = 0x3A80
 _SHAPES = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
@@ -71,62 +74,76 @@ class Bench:
             for part, shape in zip(np.split(memory, n), (_SHAPES * N_EXPERTS)[:n], strict=True)
         ]
 
-    def gemv(self, weights: list[Int4Weight] | list[PackedWeight], down: bool) -> float:
+    def gemv(self, weights: list[Int4Weight] | list[PackedWeight], down: bool) -> Work:
         chosen = [w for i, w in enumerate(weights) if (i % 3 == 2) == down]
         xq = fast.quantize_activations(self.x[1, chosen[0].shape[1]])
-        for w in chosen:
-            fast.linear_q8(xq, w, self.threads)
-        return sum(w.nbytes for w in chosen) / 1e9
+        return self.tape(
+            lambda: [fast.linear_q8(xq, w, self.threads) for w in chosen],
+            sum(w.nbytes for w in chosen) / 1e9,
+        )
 
-    def gemv_f32(self, weights: list[Weight], count: int) -> float:
-        for w in weights[:count]:
-            fast.linear(self.x[1, HIDDEN], w, self.threads)
-        return sum(w.nbytes for w in weights[:count]) / 1e9
+    def gemv_f32(self, weights: Sequence[Weight]) -> Work:
+        x = self.x[1, HIDDEN]
+        return self.tape(
+            lambda: [fast.linear(x, w, self.threads) for w in weights],
+            sum(w.nbytes for w in weights) / 1e9,
+        )
 
-    def moe(self, weights: list[Int4Weight] | list[PackedWeight]) -> Callable[[], float]:
+    def moe(self, weights: list[Int4Weight] | list[PackedWeight]) -> Work:
         """One token through 8 of N_EXPERTS experts after the other."""
         table = ExpertTable(lambda e: tuple(weights[3 * e : 3 * e + 3]), N_EXPERTS, WIDTH)  # type: ignore[arg-type, return-value]
         share = np.full((1, 8), 0.125, np.float32)
+        ids = [np.arange(e, e + 8, dtype=np.int32)[None] for e in range(0, N_EXPERTS, 8)]
+        x = self.x[1, HIDDEN]
+        return self.tape(
+            lambda: [fast.moe(x, table, i, share, "fast", self.threads) for i in ids],
+            sum(w.nbytes for w in weights) / 1e9,
+        )
+
+    def gemm(self, weights: list[Int4Weight] | list[PackedWeight], m: int) -> Work:
+        xq = fast.quantize_activations(self.x[m, HIDDEN])
+        chosen = weights[0 : 3 * max(2, 128 // m) : 3]
+        return self.tape(
+            lambda: [fast.linear_q8(xq, w, self.threads) for w in chosen],
+            len(chosen) * 2e-9 * m * HIDDEN * WIDTH,
+        )
+
+    def gemm_bf16(self, m: int) -> Work:
+        x, weights = self.x[m, HIDDEN], self.bf16[:4]
+        return self.tape(
+            lambda: [fast.linear(x, w, self.threads) for w in weights],
+            len(weights) * 2e-9 * m * HIDDEN * WIDTH,
+        )
+
+    def tape(self, compute: Callable[[], object], amount: float) -> Work:
+        """Record what `compute` does; returns a function that does it and the seconds taken."""
+        with fast.recording() as tape:
+            compute()
 
         def measure() -> float:
-            for first in range(0, N_EXPERTS, 8):
-                ids = np.arange(first, first + 8, dtype=np.int32)[None]
-                fast.moe(self.x[1, HIDDEN], table, ids, share, "fast", self.threads)
-            return sum(w.nbytes for w in weights) / 1e9
+            start = time.perf_counter()
+            tape.play(self.threads)
+            return amount / (time.perf_counter() - start)
 
         return measure
 
-    def gemm(self, weights: list[Int4Weight] | list[PackedWeight], m: int) -> float:
-        xq = fast.quantize_activations(self.x[m, HIDDEN])
-        chosen = weights[0 : 3 * max(2, 128 // m) : 3]
-        for w in chosen:
-            fast.linear_q8(xq, w, self.threads)
-        return len(chosen) * 2e-9 * m * HIDDEN * WIDTH
-
-    def gemm_bf16(self, m: int) -> float:
-        fast.linear(self.x[m, HIDDEN], self.bf16[0], self.threads)
-        return 2e-9 * m * HIDDEN * WIDTH
-
-    def rows(self) -> dict[str, tuple[str, Callable[[], float]]]:
-        found: dict[str, tuple[str, Callable[[], float]]] = {}
+    def rows(self) -> dict[str, tuple[str, Work]]:
+        """Name -> unit and measurement."""
+        found: dict[str, tuple[str, Work]] = {}
         for name, weights in (
             ("INT4 packed", self.packed4), ("INT4 published", self.published),
             ("int8 packed", self.packed8),
         ):  # fmt: skip
             for down, shape in enumerate(("2048x7168", "7168x2048")):
-                found[f"{name} GEMV {shape}"] = (
-                    "GB/s", lambda w=weights, d=bool(down): self.gemv(w, d)
-                )  # fmt: skip
+                found[f"{name} GEMV {shape}"] = "GB/s", self.gemv(weights, bool(down))
             if name != "int8 packed":
-                found[f"{name} moe, 1 token"] = ("GB/s", self.moe(weights))
+                found[f"{name} moe, 1 token"] = "GB/s", self.moe(weights)
             for m in (8, 16, 64, 256):
-                found[f"{name} GEMM M={m}"] = ("GOP/s", lambda w=weights, m=m: self.gemm(w, m))
-        found["bf16 GEMV 2048x7168"] = ("GB/s", lambda: self.gemv_f32(list(self.bf16), N_EXPERTS))
-        for name, kind in (("packed", self.packed4), ("published", self.published)):
-            found[f"INT4 {name} x float32 GEMV"] = (
-                "GB/s", lambda w=list(kind[::3]): self.gemv_f32(w, 16)
-            )  # fmt: skip
-        found["bf16 GEMM M=64"] = ("GFLOP/s", lambda: self.gemm_bf16(64))
+                found[f"{name} GEMM M={m}"] = "GOP/s", self.gemm(weights, m)
+        found["bf16 GEMV 2048x7168"] = "GB/s", self.gemv_f32(self.bf16)
+        found["INT4 packed x float32 GEMV"] = "GB/s", self.gemv_f32(self.packed4[:48:3])
+        found["INT4 published x float32 GEMV"] = "GB/s", self.gemv_f32(self.published[:48:3])
+        found["bf16 GEMM M=64"] = "GFLOP/s", self.gemm_bf16(64)
         return found
 
 
@@ -134,18 +151,14 @@ def measure(bench: Bench, rounds: int, only: str) -> tuple[dict[str, list[float]
     """Every row `rounds` times, alternating with the readers; returns values and units."""
     results: dict[str, list[float]] = {}
     units: dict[str, str] = {}
+    rows = {n: r for n, r in bench.rows().items() if any(part in n for part in only.split("|"))}
     for number in range(rounds + 1):  # the first warms up and compiles
-        for name, (unit, amount) in bench.rows().items():
-            if not any(part in name for part in only.split("|")):
-                continue
+        for name, (unit, work) in rows.items():
             for reader in READERS if unit == "GB/s" else ():
                 speed = bench.reader.read(reader, bench.threads) / 1e9
                 if number:
                     results.setdefault(f"read, {reader}", []).append(speed)
-            start = time.perf_counter()
-            done = amount()
-            value = done / (time.perf_counter() - start)
-            units[name] = unit
+            value, units[name] = work(), unit
             if number:
                 results.setdefault(name, []).append(value)
     return results, units
