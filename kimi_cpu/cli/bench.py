@@ -150,6 +150,7 @@ def command(
                 show(report.as_csv(records[-1], header=len(records) == 1))
             elif output == "jsonl":
                 show(report.as_jsonl(records[-1]))
+    isa.mark_cached()
     if output == "json":
         click.echo(report.as_json(records))
     elif output == "md":

@@ -30,6 +30,8 @@ Tools = list[dict[str, Any]]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 GENERATION_CONFIG = "generation_config.json"
+#: After so many tokens of a reply no kernel is used for the first time any more.
+_COMPILING_TOKENS = 2
 #: What a newcomer may ask the embedded model.
 NANO_EXAMPLES = ("What is 17 + 25?", "What is the capital of France?", "What is 318 * 27?")
 
@@ -76,6 +78,8 @@ class Loaded:
     session: Session
     tokenizer: Tokenizer
     template: ChatTemplate
+    #: Called after a reply, when all that a reply needs has been compiled.
+    compiled: Callable[[], None] = lambda: None
 
     @property
     def embedded(self) -> bool:
@@ -174,7 +178,7 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
         status.clear()
     if not isa.is_cached():
         note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
-    return Loaded(folder, engine, engine.session(), tokenizer, template)
+    return Loaded(folder, engine, engine.session(), tokenizer, template, isa.mark_cached)
 
 
 def sampling_params(
@@ -265,7 +269,7 @@ def reply_events(
     warmup: it may be using the session, and gives it back first; if `cancelled` becomes true
         before it does, there are no events, not even a Result.
     """
-    from kimi_cpu.chat.generate import generate
+    from kimi_cpu.chat.generate import Result, generate
 
     thinking = False if params.thinking_budget == 0 else None
     prompt, next_call_index = model.prompt(messages, tools, thinking=thinking)
@@ -297,6 +301,8 @@ def reply_events(
             progress=progress,
         ):
             status.clear()
+            if isinstance(event, Result) and event.usage.completion_tokens > _COMPILING_TOKENS:
+                model.compiled()
             yield event
     finally:
         status.clear()

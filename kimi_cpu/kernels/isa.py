@@ -14,6 +14,7 @@ that the AVX2 code is tested on an AVX-512 machine:
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import os
 import platform
@@ -36,6 +37,8 @@ from numba.core.registry import cpu_target
 from kimi_cpu.errors import UsageError
 
 _KEEP_SECONDS = 30 * 24 * 3600
+#: Linux on ARM: the entry of the auxiliary vector, and its bit for `sdot` and `udot`.
+_AT_HWCAP, _HWCAP_ASIMDDP = 16, 1 << 20
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ class Variant:
 
     Attributes:
         machine: "x86_64" or "aarch64"; "" for any.
-        needs: sets of LLVM's CPU features, of which one must be there as a whole.
+        needs: sets of LLVM's CPU features, of which the machine must have one as a whole.
         registers: how many vectors of 16 float32 or int32 the registers hold together.
         target: LLVM's name of a CPU and features: what is compiled for when the variant is forced,
             if the machine has them all, and when it is compiled for another machine.
@@ -105,16 +108,16 @@ def _names(features: str) -> set[str]:
     return {f[1:] for f in features.split(",") if f.startswith("+")}
 
 
-def _has_dotprod(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
-    """Whether this ARM machine has `sdot`, which LLVM does not report (nor anything on macOS)."""
+def _has_dotprod() -> bool:
+    """Whether this ARM machine has `sdot`: LLVM reports nothing on macOS, and this nowhere."""
     if sys.platform == "darwin":
         return True  # every Mac with an ARM processor
-    with contextlib.suppress(OSError):
-        for line in cpuinfo.read_text("utf-8", "replace").splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "Features":
-                return "asimddp" in value.split()
-    return False
+    try:
+        getauxval = ctypes.CDLL(None).getauxval
+    except (AttributeError, OSError, TypeError):  # not Linux: nothing to ask, so portable
+        return False
+    getauxval.restype = ctypes.c_ulong
+    return bool(getauxval(_AT_HWCAP) & _HWCAP_ASIMDDP)
 
 
 def _possible(features: str) -> list[str]:
@@ -127,6 +130,19 @@ def _possible(features: str) -> list[str]:
     ]
 
 
+def _host_features() -> str:
+    """What this machine has, in LLVM's words."""
+    features = str(get_host_cpu_features())
+    if _machine() == "aarch64" and _has_dotprod():
+        features = f"{features},+dotprod".lstrip(",")
+    return features
+
+
+def runnable() -> list[str]:
+    """The variants that this machine can run, the best one first."""
+    return _possible(_host_features())
+
+
 def _set_target(forced: str) -> None:
     """Tell Numba what to compile for, where it would not do the right thing by itself.
 
@@ -135,13 +151,13 @@ def _set_target(forced: str) -> None:
     """
     if numba_config.CPU_NAME is not None or numba_config.CPU_FEATURES is not None:
         return  # the user's own choice
-    host = get_host_cpu_features()
-    if _machine() == "aarch64" and _has_dotprod():
-        numba_config.CPU_FEATURES = host = f"{host},+dotprod".lstrip(",")
-    if forced and forced != _possible(host)[0]:
+    host = _host_features()
+    if forced and forced != runnable()[0]:
         cpu_name, features = VARIANTS[forced].target
         if _names(features) <= _names(host):
             numba_config.CPU_NAME, numba_config.CPU_FEATURES = cpu_name, features
+    elif _machine() == "aarch64":
+        numba_config.CPU_FEATURES = host
 
 
 def _choose_variant() -> tuple[str, str, str]:
@@ -150,15 +166,15 @@ def _choose_variant() -> tuple[str, str, str]:
     if forced and forced not in VARIANTS:
         raise UsageError(
             f"KIMI_CPU_ISA={forced!r} is not a kernel variant",
-            f"Use one of {', '.join(VARIANTS)}, or unset it.",
+            f"Use one of {', '.join(runnable())}, or unset it.",
         )
     _set_target(forced)
     _, cpu_name, features = cpu_target.target_context.codegen().magic_tuple()
     possible = _possible(features)
     if forced and forced not in possible:
         raise UsageError(
-            f"KIMI_CPU_ISA={forced}, but this machine cannot run these kernels",
-            f"Unset it, or use one of {', '.join(possible)}.",
+            f"KIMI_CPU_ISA={forced}: this machine cannot run these kernels",
+            f"Use one of {', '.join(possible)}, or unset it.",
         )
     return forced or possible[0], cpu_name, features
 
@@ -186,6 +202,9 @@ def _user_cache_dir() -> Path:
         return Path.home() / "Library" / "Caches"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
 
+
+#: A file in the cache: compiling came to its end. Single kernels say nothing, it may be broken off.
+_COMPLETE = "complete"
 
 #: More than the compiled code of one variant takes.
 _CACHE_BYTES = 16 << 20
@@ -266,6 +285,12 @@ def c_callback(signature: str, function: Callable[..., Any]) -> Any:
         return numba.cfunc(signature, cache=True, error_model="numpy")(function)
 
 
+def mark_cached() -> None:
+    """Note that all kernels of a reply have been compiled, or loaded from the cache."""
+    with contextlib.suppress(OSError):
+        (CACHE_FOLDER / _COMPLETE).touch()
+
+
 def is_cached() -> bool:
-    """Whether an earlier process left compiled kernels: if not, the first use takes a while."""
-    return any(CACHE_FOLDER.rglob("*.nbc"))
+    """Whether an earlier process compiled all kernels: if not, the first use takes a while."""
+    return (CACHE_FOLDER / _COMPLETE).exists()

@@ -2,15 +2,16 @@
 
 Numba's own loops run these kernels 15 times too slow, so the hot loops are emitted directly:
 `Emit` wraps llvmlite's builder with logical vectors of 16 float32 / int32 lanes (64 int8 lanes),
-which LLVM maps to one 512-bit, two 256-bit or four 128-bit registers. Only the int8 dot product
-and the fused multiply-add differ between instruction sets. Memory is addressed by integers
-(the kernels' arguments are plain addresses), every load allows any alignment.
+which LLVM maps to one 512-bit, two 256-bit or four 128-bit registers. Only the int8 dot product,
+the fused multiply-add and access under a mask differ between instruction sets. Memory is addressed
+by integers (the kernels' arguments are plain addresses), every load allows any alignment.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -44,6 +45,9 @@ _DOT = {
     "avxvnni": ("llvm.x86.avx512.vpdpbusd.256", 8, LLVM_MAJOR >= 22),
     "neon": ("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, True),
 }.get(VARIANT, ())
+# Sizes of elements that the machine loads and stores under a mask; LLVM would take other vectors
+# apart, lane by lane.
+_MASKED_BITS = {"avx512vnni": (16, 32), "avxvnni": (32,), "avx2": (32,)}.get(VARIANT, ())
 #: Whether `Emit.dot_s8` takes its first factor as unsigned.
 UNSIGNED_DOT = VARIANT in ("avx512vnni", "avxvnni")
 
@@ -55,11 +59,31 @@ def const(ty: ir.Type, value: float | int) -> ir.Constant:
     return ir.Constant(ty, value)
 
 
+@dataclass(frozen=True)
+class Lanes:
+    """The first n of 16 lanes, and the same as a mask, <16 x i1>; n may be beyond 0 and 16."""
+
+    n: Any
+    mask: Any
+
+
+def _bits(ty: ir.Type) -> int:
+    """Bits of a scalar or of a vector's element."""
+    element = ty.element if isinstance(ty, ir.VectorType) else ty
+    return 32 if element == FLOAT else int(element.width)
+
+
+def _suffix(ty: ir.VectorType) -> str:
+    """A vector type in the names of LLVM's intrinsics."""
+    return f"v{ty.count}{'f' if ty.element == FLOAT else 'i'}{_bits(ty)}"
+
+
 class Emit:
     """Writes vector code at the builder's position; addresses are i64 values."""
 
     def __init__(self, builder: ir.IRBuilder) -> None:
         self.b = builder
+        self._slot_address: Any = None
 
     # Integers
 
@@ -95,10 +119,11 @@ class Emit:
             const(I32, 0), const(I32, 2), const(I32, 1),
         ])  # fmt: skip
 
-    def lanes_below(self, n: Any) -> Any:
-        """<16 x i1>: lane i is set if i < n (an i64 within 32 bits, may be negative)."""
+    def lanes_below(self, n: Any) -> Lanes:
+        """The lanes i < n (an i64 within 32 bits, may be negative)."""
         lanes = ir.Constant(I32x16, [ir.Constant(I32, i) for i in range(LANES)])
-        return self.b.icmp_signed("<", lanes, self.splat(self.b.trunc(self.i64(n), I32)))
+        n = self.i64(n)
+        return Lanes(n, self.b.icmp_signed("<", lanes, self.splat(self.b.trunc(n, I32))))
 
     def load_splat(self, element: ir.Type, addr: Any, offset: int = 0) -> Any:
         """One number in memory, repeated to 64 bytes (16 times 4, or 64 int8 of 4 repeated)."""
@@ -110,19 +135,54 @@ class Emit:
         """Address of n_bytes of the function's stack, 64-byte aligned, not initialised."""
         with self.b.goto_entry_block():  # not alloca_once: it fills with zeros, byte by byte
             slot = self.b.alloca(ir.ArrayType(I8, n_bytes + 64))
-        return self.b.and_(self.add(self.b.ptrtoint(slot, I64), 63), ir.Constant(I64, -64))
+            return self.b.and_(self.add(self.b.ptrtoint(slot, I64), 63), ir.Constant(I64, -64))
 
-    def load_masked(self, ty: ir.VectorType, addr: Any, mask: Any) -> Any:
-        """Lanes outside the mask are zero and their memory is not touched."""
-        suffix = f"v{ty.count}{'f32' if ty.element == FLOAT else f'i{ty.element.width}'}"
-        return self.call(f"llvm.masked.load.{suffix}.p0", ty, [
-            self.b.inttoptr(addr, POINTER), const(I32, 1), mask, const(ty, 0),
-        ])  # fmt: skip
+    def load_masked(self, ty: ir.VectorType, addr: Any, lanes: Lanes) -> Any:
+        """16 elements; those outside `lanes` are zero and their memory is not touched."""
+        if _bits(ty) in _MASKED_BITS:
+            return self.call(f"llvm.masked.load.{_suffix(ty)}.p0", ty, [
+                self.b.inttoptr(addr, POINTER), const(I32, 1), lanes.mask, const(ty, 0),
+            ])  # fmt: skip
+        result = self.variable(const(ty, 0))
+        with self.b.if_else(self.b.icmp_signed(">=", lanes.n, self.i64(LANES))) as (whole, part):
+            with whole:
+                self.set(result, self.load(ty, addr))
+            with part:
+                self.store(const(ty, 0), self._slot())
+                self._copy_below(lanes.n, ty.element, addr, self._slot())
+                self.set(result, self.load(ty, self._slot()))
+        return self.get(result)
 
-    def store_masked(self, value: Any, addr: Any, mask: Any) -> None:
-        self.call("llvm.masked.store.v16f32.p0", ir.VoidType(), [
-            value, self.b.inttoptr(addr, POINTER), const(I32, 1), mask,
-        ])  # fmt: skip
+    def store_masked(self, value: Any, addr: Any, lanes: Lanes) -> None:
+        """Write those of 16 elements that are in `lanes`."""
+        ty = value.type
+        if _bits(ty) in _MASKED_BITS:
+            self.call(f"llvm.masked.store.{_suffix(ty)}.p0", ir.VoidType(), [
+                value, self.b.inttoptr(addr, POINTER), const(I32, 1), lanes.mask,
+            ])  # fmt: skip
+            return
+        with self.b.if_else(self.b.icmp_signed(">=", lanes.n, self.i64(LANES))) as (whole, part):
+            with whole:
+                self.store(value, addr)
+            with part:
+                self.store(value, self._slot())
+                self._copy_below(lanes.n, ty.element, self._slot(), addr)
+
+    def _slot(self) -> Any:
+        """Address of 64 bytes of the stack, for the moment."""
+        if self._slot_address is None:
+            self._slot_address = self.scratch(64)
+        return self._slot_address
+
+    def _copy_below(self, n: Any, element: ir.Type, source: Any, to: Any) -> None:
+        """Copy n elements, at most 15 and none if n is negative, in pieces of 8, 4, 2 and 1."""
+        some = self.b.icmp_signed(">", n, self.i64(0))
+        for size in (8, 4, 2, 1):
+            bit = self.b.icmp_signed("!=", self.b.and_(n, self.i64(size)), self.i64(0))
+            with self.b.if_then(self.b.and_(some, bit)):
+                at = self.mul(self.b.and_(n, self.i64(-2 * size)), _bits(element) // 8)
+                piece = self.load(vec(element, size), self.add(source, at))
+                self.store(piece, self.add(to, at))
 
     # Control
 
@@ -254,11 +314,6 @@ class Emit:
 
     # Integer dot products
 
-    bool_type = I1
-
-    def dot_u8_s8(self, total: Any, u: Any, s: Any) -> Any:
-        return self._dot(total, u, s)
-
     def dot_u4_s8(self, total: Any, low: Any, even: Any, high: Any, odd: Any) -> Any:
         """total + dot(low, even) + dot(high, odd), four products to a lane.
 
@@ -322,9 +377,8 @@ class Emit:
             parts.append(compute(*here))
         while len(parts) > 1:
             both = range(2 * parts[0].type.count)
-            parts = [
-                self.shuffle(*pair, both) for pair in zip(parts[::2], parts[1::2], strict=True)
-            ]
+            pairs = zip(parts[::2], parts[1::2], strict=True)
+            parts = [self.shuffle(first, second, both) for first, second in pairs]
         return parts[0]
 
     def _multiply_pairs(self, u: Any, s: Any) -> Any:
