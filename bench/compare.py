@@ -2,41 +2,48 @@
 
     pip install -e '.[compare]'     # compiles llama.cpp: set CMAKE_BUILD_PARALLEL_LEVEL first
     python tools/make_synthetic.py --out DIR --layers 2
-    python -m bench.compare -m DIR -p 64,512 -n 64 --rounds 3
+    python -m bench.compare -m DIR --gguf FOLDER_FOR_10_GB
 
-The checkpoint is written as GGUF (`bench.to_gguf`: experts Q4_0, the rest by --trunk), then each
-engine takes its turn in a process of its own, round after round in changing order. Each turn
-computes every test once to warm up and then repeats it. The table shows means over all rounds and
-how many times faster this engine is; a line is appended to bench/results/MACHINE.jsonl.
+`-m` may be given twice, for the published folder and for a packed one. Each is compared with GGUF
+files whose routed experts are Q4_0 and whose other weights have as many bits as its own: bf16 for
+the published layout, Q8_0 for int8 groups (--trunk overrides). `bench.to_gguf` writes them from the
+published folder, if it is there, else from the packed one. Every engine takes its turn on every
+file in a process of its own, round after round in rotating order; a turn computes each test once to
+warm up and then repeats it.
+
+Prints medians, smallest and largest, and how many times as fast this engine is; appends a line
+with every sample, the versions, the commit and the date to bench/results/MACHINE.jsonl. Ctrl-C ends
+it with the rounds that are complete.
 
 ik_llama.cpp's wheels are built for AVX2. For a fair comparison on a newer CPU build its library
 there and name it in IK_LLAMA_CPP_LIB_PATH: unpack the source distribution (it cannot be installed,
 a file is missing), then `cmake -S vendor/ik_llama.cpp -B build -DCMAKE_BUILD_TYPE=Release
--DBUILD_SHARED_LIBS=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF`
-and `cmake --build build --target llama`. Peers may live in virtual environments of their own:
---python and --ik-python name their interpreters.
+-DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF
+-DLLAMA_BUILD_SERVER=OFF` and `cmake --build build --target llama -j 2`. Peers may live in virtual
+environments of their own: --python and --ik-python name their interpreters.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import platform
 import re
 import shlex
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from tqdm import tqdm
 
-from bench.peers import PACKAGES
+from bench.peers import PEERS
+from bench.standings import OURS, TRUNKS, Contestant, Table, Turn, markdown, tabulate, unfair
 from kimi_cpu import __version__, hardware
 from kimi_cpu.benchmark.runner import Bench, Test, trace
 from kimi_cpu.config import ModelConfig
@@ -44,24 +51,11 @@ from kimi_cpu.errors import UsageError, UserError
 from kimi_cpu.store.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = "kimi-cpu"
-ENGINES = (OURS, *PACKAGES)
+ENGINES = (OURS, *PEERS)
 RESULTS = ROOT / "bench" / "results"
 
-#: Left free on the disk beside the GGUF file.
+#: Left free on the disk beside the GGUF files.
 SPARE_BYTES = 2_000_000_000
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one engine measured in one round: seconds by test, and who it was."""
-
-    engine: str
-    version: str
-    system: str
-    seconds: dict[str, list[float]]
-    logits: dict[str, list[float]]
-    ceiling_fraction: dict[str, float]
 
 
 def our_turn(folder: Path, tests: list[Test], threads: int, repetitions: int, seed: int) -> Turn:
@@ -84,9 +78,11 @@ def our_turn(folder: Path, tests: list[Test], threads: int, repetitions: int, se
         engine=OURS,
         version=__version__,
         system=isa.VARIANT,
+        settings="precision fast",
         seconds={row.test.name: [s.seconds for s in row.samples] for row in rows},
         logits=logits,
         ceiling_fraction={row.test.name: row.ceiling_fraction for row in rows},
+        ceiling_gbps={row.test.name: row.ceiling_bytes_per_s / 1e9 for row in rows},
     )
 
 
@@ -123,78 +119,39 @@ def peer_turn(python: str, spec: dict[str, Any], wrap: Sequence[str] = ()) -> Tu
     with tempfile.TemporaryDirectory() as folder:
         question, answer = Path(folder) / "spec.json", Path(folder) / "result.json"
         question.write_text(json.dumps(spec))
-        done = subprocess.run(
-            [*wrap, python, "-m", "bench.peers", str(question), str(answer)],
-            cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        if done.returncode or not answer.exists():
-            lines = [line for line in done.stderr.splitlines() if line.strip()]
-            raise UserError(
-                f"{spec['engine']} ended with {done.returncode}: {lines[-1] if lines else ''}",
-                f"Is {PACKAGES[spec['engine']]} installed for {python}?",
-            )
-        return Turn(**json.loads(answer.read_text()), ceiling_fraction={})
+        command = [*wrap, python, "-m", "bench.peers", str(question), str(answer)]
+        engine = spec["engine"]
+        hint = f"Is {PEERS[engine].package} installed for {python}, and is there memory enough?"
+        return Turn(**_result_of(command, answer, engine, hint))
 
 
-def relative_error(logits: list[float], reference: list[float]) -> float:
-    """Root mean square of the difference, as a share of the reference's spread."""
-    ours, theirs = np.array(logits), np.array(reference)
-    return float(np.sqrt(np.mean((ours - theirs) ** 2)) / np.std(theirs))
+def _our_turn_apart(folder: Path, options: argparse.Namespace) -> Turn:
+    """`our_turn` in a process of its own, so that nobody's memory stays taken."""
+    with tempfile.TemporaryDirectory() as temporary:
+        answer = Path(temporary) / "result.json"
+        command = [
+            *options.wrap, sys.executable, "-m", "bench.compare",
+            "-m", str(folder.resolve()), "--turn", str(answer),
+            "-p", ",".join(map(str, options.n_prompt)), "-n", ",".join(map(str, options.n_gen)),
+            "-d", ",".join(map(str, options.n_depth)), "-r", str(options.repetitions),
+            "-t", str(options.threads), "--seed", str(options.seed),
+        ]  # fmt: skip
+        hint = f"Does `kimi-cpu bench -m {folder}` work?"
+        return Turn(**_result_of(command, answer, OURS, hint))
 
 
-def summarise(turns: list[Turn], tests: list[Test]) -> dict[str, dict[str, dict[str, float]]]:
-    """test -> engine -> avg_ts, stddev_ts, ratio (ours to its), samples; over all rounds."""
-    engines = list(dict.fromkeys(turn.engine for turn in turns))
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for test in tests:
-        cells: dict[str, dict[str, float]] = {}
-        for engine in engines:
-            rates = [
-                test.n_tokens / seconds
-                for turn in turns
-                if turn.engine == engine
-                for seconds in turn.seconds[test.name]
-            ]
-            cells[engine] = {
-                "avg_ts": statistics.fmean(rates),
-                "stddev_ts": statistics.stdev(rates) if len(rates) > 1 else 0.0,
-                "samples": len(rates),
-            }
-        if OURS in cells:
-            for cell in cells.values():
-                cell["ratio"] = cells[OURS]["avg_ts"] / cell["avg_ts"]
-        table[test.name] = cells
-    return table
-
-
-def markdown(table: dict[str, dict[str, dict[str, float]]], turns: list[Turn], trunk: str) -> str:
-    """The table, and which versions ran."""
-    engines = list(next(iter(table.values())))
-    head = ["test", *(f"{engine}, t/s" for engine in engines)]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for name, cells in table.items():
-        row = [name]
-        for engine in engines:
-            cell = cells[engine]
-            text = f"{cell['avg_ts']:.2f} ± {cell['stddev_ts']:.2f}"
-            if engine != OURS and "ratio" in cell:
-                text += f" ({cell['ratio']:.2f} x)"
-            elif engine == OURS:
-                fractions = [t.ceiling_fraction[name] for t in turns if t.engine == OURS]
-                text += f" ({statistics.fmean(fractions):.0%} of memory)"
-            row.append(text)
-        lines.append(f"| {' | '.join(row)} |")
-    lines += ["", f"n x: this engine is n times as fast. GGUF: experts Q4_0, the rest {trunk}."]
-    for engine in engines:
-        turn = next(t for t in turns if t.engine == engine)
-        line = f"- {engine} {turn.version}: {' '.join(turn.system.split())}"
-        if engine != OURS and any(t.engine == OURS for t in turns):
-            ours = next(t for t in turns if t.engine == OURS)
-            # The middle one: where quantisation tips the router over, single tests are far off.
-            error = statistics.median(relative_error(ours.logits[n], turn.logits[n]) for n in table)
-            line += f"; its logits differ from ours by {error:.1%} of their spread"
-        lines.append(line)
-    return "\n".join(lines)
+def _result_of(command: list[str], answer: Path, engine: str, hint: str) -> dict[str, Any]:
+    """Run a turn's process and read its answer; UserError with its last words if it fails."""
+    done = subprocess.run(
+        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    if done.returncode or not answer.exists():
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise UserError(
+            f"{engine} ended with {done.returncode}: {lines[-1] if lines else 'no message'}", hint
+        )
+    result: dict[str, Any] = json.loads(answer.read_text())
+    return result
 
 
 def commit() -> str:
@@ -214,6 +171,15 @@ def machine() -> str:
     return f"{words}-{hardware.default_threads()}-cores"
 
 
+def trunk_of(folder: Path) -> str:
+    """The key of TRUNKS that comes closest to how a checkpoint keeps its trunk."""
+    checkpoint = Checkpoint.open(folder)
+    weight = checkpoint.linear("model.layers.0.self_attn.o_proj")
+    bits = 8 * weight.nbytes / (weight.shape[0] * weight.shape[1])
+    checkpoint.close()
+    return "bf16" if bits >= 12 else "q8_0"
+
+
 def write_gguf(python: str, folder: Path, path: Path, trunk: str) -> None:
     """Write the GGUF file with the Python that has the package; UserError if it fails."""
     checkpoint = Checkpoint.open(folder)
@@ -225,15 +191,26 @@ def write_gguf(python: str, folder: Path, path: Path, trunk: str) -> None:
             f"{path.parent}: up to {needed / 1e9:.1f} GB needed, {free / 1e9:.1f} GB are free",
             "Give another --gguf, or a checkpoint with fewer --layers or --experts.",
         )
+    part = path.with_suffix(".part")  # a file that is there is whole
     done = subprocess.run(
-        [python, "-m", "bench.to_gguf", str(folder), str(path), "--trunk", trunk], cwd=ROOT
+        [python, "-m", "bench.to_gguf", str(folder), str(part), "--trunk", trunk], cwd=ROOT
     )
     if done.returncode:
-        path.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise UserError(
             f"{path}: the GGUF file could not be written",
             f"Is the package gguf installed for {python}?",
         )
+    part.rename(path)
+
+
+def gguf_file(python: str, source: Path, folder: Path, trunk: str) -> Path:
+    """The GGUF file of `source` in `folder`, written if it is not there or older."""
+    path = folder.resolve() / f"{source.resolve().name}-{trunk}.gguf"
+    newest = max(file.stat().st_mtime for file in source.iterdir())
+    if not path.exists() or path.stat().st_mtime < newest:
+        write_gguf(python, source.resolve(), path, trunk)
+    return path
 
 
 def numbers(text: str) -> list[int]:
@@ -243,10 +220,13 @@ def numbers(text: str) -> list[int]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("-m", "--model", type=Path, required=True, help="checkpoint to compare on")
-    parser.add_argument("--ours", type=Path, help="what this engine runs, if not --model (packed)")
+        prog="python -m bench.compare", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument(
+        "-m", "--model", type=Path, action="append", required=True,
+        help="checkpoint to compare on; twice: published and packed",
+    )  # fmt: skip
     parser.add_argument("-p", "--n-prompt", type=numbers, default=[64, 512])
     parser.add_argument("-n", "--n-gen", type=numbers, default=[64])
     parser.add_argument("-d", "--n-depth", type=numbers, default=[0])
@@ -254,16 +234,16 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine")
     parser.add_argument("-t", "--threads", type=int, default=hardware.default_threads())
     parser.add_argument("--seed", type=int, default=0, help="of the token ids")
-    parser.add_argument("--trunk", choices=["q8_0", "bf16"], default="q8_0")
+    parser.add_argument("--trunk", help=f"the GGUF files': {', '.join(TRUNKS)} (default: as -m)")
     parser.add_argument("--engines", default=",".join(ENGINES), help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--python", default=sys.executable, help="has llama-cpp-python and gguf")
     parser.add_argument("--ik-python", help="has ik-llama-cpp-python, if not --python")
     parser.add_argument(
         "--wrap", type=shlex.split, default=[], help="command that starts each turn, as numactl"
     )
-    parser.add_argument("--gguf", type=Path, help="keep the GGUF file here, and use it if it is")
-    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)  # where our turn's result goes
+    parser.add_argument("--gguf", type=Path, help="folder to keep the GGUF files in")
     parser.add_argument("--results", type=Path, help="file to append to (default: by machine)")
+    parser.add_argument("--turn", type=Path, help=argparse.SUPPRESS)  # where our turn's result goes
     return parser
 
 
@@ -271,6 +251,8 @@ def _plan(options: argparse.Namespace) -> tuple[list[str], list[Test]]:
     engines = options.engines.split(",")
     if unknown := set(engines) - set(ENGINES):
         raise UsageError(f"unknown engine {unknown.pop()!r}", f"Use {', '.join(ENGINES)}.")
+    if options.trunk and (strange := set(options.trunk.split(",")) - set(TRUNKS)):
+        raise UsageError(f"unknown --trunk {strange.pop()!r}", f"Use {', '.join(TRUNKS)}.")
     tests = []
     for depth in options.n_depth:
         tests += [Test(p, 0, depth) for p in options.n_prompt if p]
@@ -280,86 +262,140 @@ def _plan(options: argparse.Namespace) -> tuple[list[str], list[Test]]:
     return engines, tests
 
 
-def compare(options: argparse.Namespace) -> None:
-    """All rounds; prints the table and appends the record."""
+def _contestants(
+    engines: list[str], options: argparse.Namespace, gguf_folder: Path
+) -> list[Contestant]:
+    """Who runs on what; writes the GGUF files that are missing."""
+    models: list[Path] = options.model
+    ours = {trunk_of(folder): folder for folder in models}
+    if len(ours) < len(models):
+        raise UsageError(
+            f"two models keep their weights as {TRUNKS[next(iter(ours))]}",
+            "Give one -m, or the published folder and a packed one.",
+        )
+    there = []
+    if OURS in engines:
+        there += [Contestant(OURS, trunk, folder) for trunk, folder in ours.items()]
+    peers = [engine for engine in engines if engine != OURS]
+    for trunk in (options.trunk.split(",") if options.trunk else ours) if peers else ():
+        path = gguf_file(options.python, ours.get("bf16", models[0]), gguf_folder, trunk)
+        there += [Contestant(engine, trunk, path) for engine in peers]
+    return there
+
+
+def compare(options: argparse.Namespace) -> int:
+    """All rounds; prints the tables and appends the record. Returns the exit code.
+
+    After Ctrl-C it does so with the rounds that are complete.
+    """
     engines, tests = _plan(options)
-    config = ModelConfig.load(options.model)
-    turns: list[Turn] = []
+    config = ModelConfig.load(options.model[0])
     started = datetime.now(UTC)
-    with tempfile.TemporaryDirectory(dir=options.model.resolve().parent) as temporary:
-        path = options.gguf or Path(temporary) / "model.gguf"
-        if set(engines) != {OURS} and not path.exists():
-            write_gguf(options.python, options.model, path, options.trunk)
-        for round_number in range(options.rounds):
-            shift = round_number % len(engines)
-            for engine in engines[shift:] + engines[:shift]:
-                print(f"round {round_number + 1}: {engine}", file=sys.stderr, flush=True)
-                if engine == OURS:
-                    turns.append(_our_turn_apart(options))
-                    continue
-                python = options.python
-                if engine.startswith("ik") and options.ik_python:
-                    python = options.ik_python
-                spec = spec_of(
-                    engine, path, config, tests, options.threads, options.repetitions,
-                    options.seed,
-                )  # fmt: skip
-                turns.append(peer_turn(python, spec, options.wrap))
-    turns.sort(key=lambda turn: engines.index(turn.engine))
-    table = summarise(turns, tests)
-    text = markdown(table, turns, options.trunk)
-    print(text)
+    rounds: list[list[Turn]] = []
+    failed: dict[str, UserError] = {}
+    interrupted = False
+
+    def take_turn(contestant: Contestant) -> Turn:
+        engine = contestant.engine
+        if engine == OURS:
+            return _our_turn_apart(contestant.path, options)
+        apart = PEERS[engine].package.startswith("ik") and options.ik_python
+        spec = spec_of(
+            engine, contestant.path, config, tests, options.threads, options.repetitions,
+            options.seed,
+        )  # fmt: skip
+        return peer_turn(apart or options.python, spec, options.wrap)
+
+    def take_round(number: int, bar: tqdm[Any]) -> list[Turn]:
+        turns = []
+        shift = number % len(contestants)
+        for contestant in contestants[shift:] + contestants[:shift]:
+            bar.set_description(contestant.label)
+            if contestant.label not in failed:
+                try:
+                    turn = take_turn(contestant)
+                    turns.append(replace(turn, label=contestant.label, round=number))
+                except UserError as error:
+                    if contestant.engine == OURS:
+                        raise
+                    failed[contestant.label] = error
+            bar.update()
+        return turns
+
+    with tempfile.TemporaryDirectory(dir=options.model[0].resolve().parent) as temporary:
+        gguf_folder = options.gguf or Path(temporary)
+        gguf_folder.mkdir(parents=True, exist_ok=True)
+        contestants = _contestants(engines, options, gguf_folder)
+        with tqdm(total=options.rounds * len(contestants), unit="turn", disable=None) as bar:
+            try:
+                for number in range(options.rounds):
+                    rounds.append(take_round(number, bar))
+            except KeyboardInterrupt:
+                if not rounds:
+                    raise
+                interrupted = True
+    # A contestant that failed later on has no full set of rounds: leave it out.
+    turns = [turn for played in rounds for turn in played if turn.label not in failed]
+    order = [contestant.label for contestant in contestants]
+    turns.sort(key=lambda turn: (order.index(turn.label), turn.round))
+    for label, error in failed.items():
+        print(f"error: {label}: {error.message}\nhint: {error.hint}", file=sys.stderr)
+    if not turns:
+        return 1
+    tables = tabulate(contestants, turns, tests)
+    print(markdown(tables, turns))
+    _append(options, started, tables, turns, failed)
+    if interrupted:
+        print(f"interrupted after {len(rounds)} of {options.rounds} rounds", file=sys.stderr)
+        return 130
+    return 1 if failed else 0
+
+
+def _append(
+    options: argparse.Namespace, started: datetime, tables: list[Table], turns: list[Turn],
+    failed: dict[str, UserError],
+) -> None:  # fmt: skip
+    """Write the record: what was measured, by whom, where and when."""
     record = {
         "started": started.strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": commit(),
         "machine": machine(),
-        "model": options.model.name,
-        "trunk": options.trunk,
+        "cpu": hardware.cpu_name(),
+        "ram_bytes": hardware.ram_bytes(),
+        "system": f"{platform.system()} {platform.release()}",
+        "python": platform.python_version(),
+        "models": [folder.resolve().name for folder in options.model],
         "threads": options.threads,
-        "rounds": options.rounds,
-        "versions": {turn.engine: f"{turn.version} {turn.system}".strip() for turn in turns},
-        "ceiling_fraction": [t.ceiling_fraction for t in turns if t.engine == OURS],
-        "table": table,
-        "seconds": [{"engine": t.engine, **t.seconds} for t in turns],
+        "rounds": len({turn.round for turn in turns}),
+        "repetitions": options.repetitions,
+        "seed": options.seed,
+        "tables": [asdict(table) for table in tables],
+        "unfair": unfair(turns),
+        "failed": {label: error.message for label, error in failed.items()},
+        "turns": [{k: v for k, v in asdict(turn).items() if k != "logits"} for turn in turns],
     }
     target = options.results or RESULTS / f"{machine()}.jsonl"
     target.parent.mkdir(parents=True, exist_ok=True)
     with target.open("a", encoding="utf-8") as file:
         file.write(json.dumps(record) + "\n")
-
-
-def _our_turn_apart(options: argparse.Namespace) -> Turn:
-    """`our_turn` in a process of its own, so that nobody's memory stays taken."""
-    with tempfile.TemporaryDirectory() as folder:
-        answer = Path(folder) / "result.json"
-        model = str((options.ours or options.model).resolve())
-        command = [
-            *options.wrap, sys.executable, "-m", "bench.compare",
-            "-m", model, "--turn", str(answer),
-            "-p", ",".join(map(str, options.n_prompt)), "-n", ",".join(map(str, options.n_gen)),
-            "-d", ",".join(map(str, options.n_depth)), "-r", str(options.repetitions),
-            "-t", str(options.threads), "--seed", str(options.seed),
-        ]  # fmt: skip
-        if subprocess.run(command, cwd=ROOT).returncode:
-            raise UserError(f"{OURS} failed on {model}", "See above.")
-        return Turn(**json.loads(answer.read_text()))
+    print(f"Appended to {target}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the program; returns its exit code."""
     options = _parser().parse_args(argv)
     try:
-        if options.turn is not None:
-            tests = _plan(options)[1]
-            turn = our_turn(
-                options.model, tests, options.threads, options.repetitions, options.seed
-            )
-            options.turn.write_text(json.dumps(asdict(turn)))
-        else:
-            compare(options)
+        if options.turn is None:
+            return compare(options)
+        tests = _plan(options)[1]
+        turn = our_turn(options.model[0], tests, options.threads, options.repetitions, options.seed)
+        options.turn.write_text(json.dumps(asdict(turn)))
     except UserError as error:
         print(f"error: {error.message}\nhint: {error.hint}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted before the first round was complete", file=sys.stderr)
+        return 130
     return 0
 
 

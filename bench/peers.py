@@ -3,9 +3,9 @@
     python -m bench.peers SPEC.json RESULT.json     # stdout belongs to the library
 
 Runs under the Python that has `llama-cpp-python` or `ik-llama-cpp-python`; needs nothing of ours.
-Token ids go straight into `llama_decode`: no tokenizer, no sampling. Settings are those of
-llama-bench: batches of up to 2048 tokens, computed 512 at a time, flash attention where the
-library has it, f16 latents.
+Token ids go straight into `llama_decode`: no tokenizer, no sampling. Settings are llama-bench's
+(batches of up to 2048 tokens, computed 512 at a time, f16 latents) and each peer's best: its
+flash attention, its fused operations, its repacked weights.
 """
 
 from __future__ import annotations
@@ -13,17 +13,33 @@ from __future__ import annotations
 import ctypes
 import importlib.metadata
 import json
+import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 N_BATCH, N_UBATCH = 2048, 512
 
-PACKAGES = {
-    "llama.cpp": "llama-cpp-python",
-    "ik_llama.cpp": "ik-llama-cpp-python",
-    "ik_llama.cpp -rtr 1": "ik-llama-cpp-python",
+#: Names the library that ik-llama-cpp-python loads instead of its own.
+LIB_PATH = "IK_LLAMA_CPP_LIB_PATH"
+
+
+@dataclass(frozen=True)
+class Peer:
+    """The package on PyPI that an engine comes in, and its settings in its own words."""
+
+    package: str
+    settings: str
+
+
+#: llama.cpp repacks Q4_0 while loading by default; ik_llama.cpp does it on request, which takes
+#: twice the time to load and rules mmap out.
+PEERS = {
+    "llama.cpp": Peer("llama-cpp-python", "-fa auto -ub 512"),
+    "ik_llama.cpp": Peer("ik-llama-cpp-python", "-mla 3 -fa 1 -fmoe 1 -ub 512"),
+    "ik_llama.cpp -rtr 1": Peer("ik-llama-cpp-python", "-mla 3 -fa 1 -fmoe 1 -rtr 1 -ub 512"),
 }
 
 
@@ -48,6 +64,7 @@ class Llama:
         context.n_threads = context.n_threads_batch = threads
         self._context = _loaded(llama_cpp.llama_init_from_model(self._model, context), path)
         self.system = llama_cpp.llama_print_system_info().decode()
+        self.build = _ggml_build()
         self._length = 0
 
     def compute(self, ids: list[int]) -> None:
@@ -108,6 +125,7 @@ class IkLlama(Llama):
         info = api._lib.llama_print_system_info
         info.restype = ctypes.c_char_p
         self.system = info().decode()
+        self.build = "library of IK_LLAMA_CPP_LIB_PATH" if os.environ.get(LIB_PATH) else "wheel"
         self._remove = api._lib.llama_kv_cache_seq_rm
         self._remove.argtypes = [ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32, ctypes.c_int32]
         self._remove.restype = ctypes.c_bool
@@ -125,6 +143,18 @@ class IkLlama(Llama):
     def cut(self, length: int) -> None:
         self._remove(self._context, 0, length, -1)
         self._length = length
+
+
+def _ggml_build() -> str:
+    """ggml's version and commit, where the library tells them."""
+    from llama_cpp._ggml import libggml
+
+    names = []
+    for name in ("ggml_version", "ggml_commit"):
+        if function := getattr(libggml, name, None):
+            function.argtypes, function.restype = [], ctypes.c_char_p
+            names.append(function().decode())
+    return " ".join(["ggml", *names])
 
 
 def _loaded(handle: Any, path: str) -> Any:
@@ -151,11 +181,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     `spec`: engine, path, threads, repetitions, ids, tests (name, n_prompt, n_gen, n_depth each),
     mha_shape (GGUF keys that describe the attention as multi-head, for ik_llama.cpp).
-    Returns engine, version, system, seconds (test name -> list) and logits (the last token's of
-    each test).
+    Returns engine, version, system, settings, seconds (test name -> list) and logits (the last
+    token's of each test).
     """
     engine, ids = spec["engine"], spec["ids"]
     make = Llama if engine == "llama.cpp" else IkLlama
+    package = PEERS[engine].package
     peer = make(spec, -(-len(ids) // 256) * 256)
     seconds: dict[str, list[float]] = {}
     logits = {}
@@ -171,8 +202,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         logits[test["name"]] = peer.logits()
     return {
         "engine": engine,
-        "version": importlib.metadata.version(PACKAGES[engine]),
+        "version": f"{package} {importlib.metadata.version(package)} ({peer.build})",
         "system": peer.system,
+        "settings": PEERS[engine].settings,
         "seconds": seconds,
         "logits": logits,
     }

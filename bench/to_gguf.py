@@ -22,7 +22,16 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from kimi_cpu.config import ModelConfig
-from kimi_cpu.quant import GROUP_SIZE, U16, Int4Weight, as_f32, dequantize, f32_to_bf16
+from kimi_cpu.quant import (
+    GROUP_SIZE,
+    U16,
+    Int4Weight,
+    PackedWeight,
+    as_f32,
+    dequantize,
+    f32_to_bf16,
+    unpack,
+)
 from kimi_cpu.store.checkpoint import Checkpoint
 
 Bytes = npt.NDArray[np.uint8]
@@ -142,12 +151,12 @@ def _experts(checkpoint: Checkpoint, layer: int, which: int, name: str) -> Tenso
     """One projection of all experts of a layer, [E, out, in]."""
     count = checkpoint.config.n_routed_experts
     first = checkpoint.expert(layer, 0)[which]
-    kind = Type.Q4_0 if isinstance(first, Int4Weight) else Type.BF16
+    kind = Type.Q4_0 if isinstance(_natural(first), Int4Weight) else Type.BF16
 
     def stack() -> Array:
         out = None
         for e in range(count):
-            weight = checkpoint.expert(layer, e)[which]
+            weight = _natural(checkpoint.expert(layer, e)[which])
             encoded = q4_0(weight) if isinstance(weight, Int4Weight) else _bits(weight)
             if out is None:
                 out = np.empty((count, *encoded.shape), dtype=encoded.dtype)
@@ -158,11 +167,16 @@ def _experts(checkpoint: Checkpoint, layer: int, which: int, name: str) -> Tenso
     return Tensor(name, (count, *first.shape), kind, stack)
 
 
+def _natural(weight: Any) -> Any:
+    """A packed weight in natural order, others as they are."""
+    return unpack(weight) if isinstance(weight, PackedWeight) else weight
+
+
 def _bits(weight: Any) -> U16:
     """Any weight as bf16 bits."""
-    if isinstance(weight, Int4Weight) or weight.dtype != np.uint16:
-        return f32_to_bf16(dequantize(weight))
-    return weight
+    if isinstance(weight, np.ndarray) and weight.dtype == np.uint16:
+        return weight
+    return f32_to_bf16(dequantize(weight))
 
 
 def _encode(bits: U16, kind: Type) -> Array:
@@ -249,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="checkpoint in Hugging Face's layout")
+    parser.add_argument("folder", type=Path, help="checkpoint, published or packed")
     parser.add_argument("out", type=Path, help="GGUF file to write")
     parser.add_argument("--trunk", choices=list(TRUNK_TYPES), default="q8_0")
     options = parser.parse_args()
