@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import platform
-from collections.abc import Callable, Sequence
+import sys
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 
 _PROC = Path("/proc")
@@ -61,70 +60,24 @@ def _affinity() -> set[int]:
     return set(range(os.cpu_count() or 1))
 
 
-@cache
-def _core_name(cpu: int) -> str:
-    """A name of the physical core; the logical CPU itself where nothing is known."""
-    return _read(Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")) or str(
-        cpu
-    )
-
-
-@lru_cache(maxsize=1)
-def _affinity_at_start() -> frozenset[int]:
-    return frozenset(_affinity())
-
-
-@lru_cache(maxsize=1)
-def _cores() -> dict[str, int]:
-    """One usable logical CPU of each physical core, by the core's name."""
-    return {_core_name(cpu): cpu for cpu in sorted(_affinity_at_start(), reverse=True)}
+def _physical_cores(cpus: set[int]) -> int:
+    """How many distinct cores these logical CPUs are; each its own where nothing is known."""
+    cores = set()
+    for cpu in cpus:
+        topology = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology")
+        siblings = _read(topology / "thread_siblings_list")
+        cores.add(siblings or str(cpu))
+    return len(cores)
 
 
 @lru_cache(maxsize=1)
 def default_threads() -> int:
     """Physical cores that this process may use, within affinity and cgroup quota; at least 1."""
-    cores = len(_cores())
+    cores = _physical_cores(_affinity())
     quota = _cpu_quota()
     if quota is not None:
         cores = min(cores, int(quota + 0.5))
     return max(cores, 1)
-
-
-@lru_cache(maxsize=1)
-def _getcpu() -> Callable[[], int]:
-    try:
-        return ctypes.CDLL(None).sched_getcpu
-    except (OSError, AttributeError, TypeError):  # not Linux
-        return lambda: -1
-
-
-def current_cpu() -> int:
-    """The logical CPU that the calling thread runs on, -1 where the system does not say."""
-    return _getcpu()()
-
-
-def place_threads(threads: Sequence[int]) -> None:
-    """Bind sleeping threads (by native id) to the cores after the caller's, one each.
-
-    Linux likes to start a woken thread on the core of the one that wakes it, and leaves both
-    there for up to a tenth of a second while another core idles. A thread placed so wakes up on a
-    core of its own; it should then call `free_thread`. Without effect where there is no such call.
-    """
-    cores = list(_cores().values())
-    cpu = current_cpu()
-    if cpu < 0 or len(cores) < 2:
-        return
-    here = list(_cores()).index(name) if (name := _core_name(cpu)) in _cores() else 0
-    with contextlib.suppress(OSError):  # the CPU has been taken from us
-        for n, thread in enumerate(threads, 1):
-            os.sched_setaffinity(thread, {cores[(here + n) % len(cores)]})
-
-
-def free_thread() -> None:
-    """Let the calling thread run on every CPU that this process may use again."""
-    if hasattr(os, "sched_setaffinity"):
-        with contextlib.suppress(OSError):
-            os.sched_setaffinity(0, _affinity_at_start())
 
 
 def ram_bytes() -> int:
@@ -147,6 +100,17 @@ def available_ram_bytes() -> int:
         if line.startswith("MemAvailable:"):
             return min(int(line.split()[1]) * 1024, ram_bytes())
     return ram_bytes()
+
+
+def user_cache_folder() -> Path:
+    """Where things go that can be made again; it may not exist. RuntimeError without a home."""
+    if sys.platform == "win32":
+        base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+    elif sys.platform == "darwin":
+        base = Path.home() / "Library" / "Caches"
+    else:
+        base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return base / "kimi-cpu"
 
 
 def cpu_name() -> str:

@@ -30,7 +30,6 @@ import numpy.typing as npt
 from llvmlite import ir
 from numba.core import types as numba_types
 
-from kimi_cpu import hardware
 from kimi_cpu.kernels.common import Position, address
 from kimi_cpu.kernels.isa import IS_X86, c_callback, jit
 from kimi_cpu.kernels.simd import I64, POINTER, intrinsic, literal_intrinsic, load_i64
@@ -278,24 +277,20 @@ class _Team:
         self._words[_YIELD] = _yield_address()
         self.address = address(self._words)
         self._wake = threading.Semaphore(0)
-        self._workers: list[int] = []  # native ids
+        self._workers = 0
         self.lock = threading.Lock()
 
     def call_up(self, threads: int) -> None:
         """See to it that threads - 1 workers are awake or waking; the caller holds the lock."""
-        while len(self._workers) < threads - 1:
-            worker = threading.Thread(target=self._work, name="kimi-cpu-kernel", daemon=True)
-            worker.start()
-            self._workers.append(worker.native_id or 0)
-        missing = threads - 1 - int(self._words[_AWAKE])
-        if missing > 0:
-            hardware.place_threads(self._workers)
-            self._wake.release(missing)
+        while self._workers < threads - 1:
+            threading.Thread(target=self._work, name="kimi-cpu-kernel", daemon=True).start()
+            self._workers += 1
+        for _ in range(threads - 1 - int(self._words[_AWAKE])):
+            self._wake.release()
 
     def _work(self) -> None:
         while True:
             self._wake.acquire()
-            hardware.free_thread()
             _serve(self.address)
 
     def is_ours(self) -> bool:

@@ -213,23 +213,3 @@ def test_a_home_on_a_full_disk(tmp_path):
     )
     result = run_python(code, XDG_CACHE_HOME=str(home), TMPDIR=str(tmp))
     assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux places threads")
-def test_workers_are_bound_to_no_core_once_they_work():
-    before = os.sched_getaffinity(0)
-    out = np.zeros(64, np.int64)
-    for _ in range(3):  # the workers sleep in between
-        pool.run(count_rows, (address(out),), (out,), 64, 1, 3, pool.MIN_PARALLEL_COST)
-        time.sleep(0.01)
-    workers = [t for t in threading.enumerate() if t.name == "kimi-cpu-kernel"]
-    assert workers and os.sched_getaffinity(0) == before
-    assert pool._team is not None
-    for worker in workers:
-        pool.hardware.place_threads([worker.native_id])
-        assert len(os.sched_getaffinity(worker.native_id)) == 1 or len(before) == 1
-    # Workers that did not get a turn stay where they were placed; those that did are free again.
-    pool.run(count_rows, (address(out),), (out,), 64, 1, len(workers) + 1, pool.MIN_PARALLEL_COST)
-    time.sleep(0.05)
-    assert any(os.sched_getaffinity(w.native_id) == before for w in workers)
-    assert (out == 4).all()
