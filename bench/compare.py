@@ -15,9 +15,9 @@ Prints medians, smallest and largest, and how many times as fast this engine is;
 with every sample, the versions, the commit and the date to bench/results/MACHINE.jsonl. Ctrl-C ends
 it with the rounds that are complete.
 
-ik_llama.cpp's wheels are built for AVX2. For a fair comparison on a newer CPU build its library
-there and name it in IK_LLAMA_CPP_LIB_PATH: unpack the source distribution (it cannot be installed,
-a file is missing), then `cmake -S vendor/ik_llama.cpp -B build -DCMAKE_BUILD_TYPE=Release
+ik_llama.cpp's wheels are built for AVX2. For a fair comparison on a newer CPU install the wheel, but
+build the library there and name it in IK_LLAMA_CPP_LIB_PATH: unpack the source distribution (it
+cannot be installed, a file of its examples is missing), then `cmake -S vendor/ik_llama.cpp -B build -DCMAKE_BUILD_TYPE=Release
 -DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF
 -DLLAMA_BUILD_SERVER=OFF` and `cmake --build build --target llama -j 2`. Peers may live in virtual
 environments of their own: --python and --ik-python name their interpreters.
@@ -227,9 +227,9 @@ def _parser() -> argparse.ArgumentParser:
         "-m", "--model", type=Path, action="append", required=True,
         help="checkpoint to compare on; twice: published and packed",
     )  # fmt: skip
-    parser.add_argument("-p", "--n-prompt", type=numbers, default=[64, 512])
-    parser.add_argument("-n", "--n-gen", type=numbers, default=[64])
-    parser.add_argument("-d", "--n-depth", type=numbers, default=[0])
+    parser.add_argument("-p", "--n-prompt", type=numbers, default=[64, 512], help="64,512")
+    parser.add_argument("-n", "--n-gen", type=numbers, default=[64], help="64")
+    parser.add_argument("-d", "--n-depth", type=numbers, default=[0], help="0")
     parser.add_argument("-r", "--repetitions", type=int, default=2, help="of a test in a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each engine")
     parser.add_argument("-t", "--threads", type=int, default=hardware.default_threads())
