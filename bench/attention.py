@@ -1,13 +1,14 @@
 """Attention kernels as a share of the arithmetic peak, and of BLAS, in one interleaved run.
 
     env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE -u OMP_NUM_THREADS \\
-        python bench/attention.py [--threads 2] [--rounds 5] [--only TEXT] [--cpu-time]
+        python -m bench.attention [--threads 2] [--rounds 5] [--only TEXT] [--cpu-time]
 
 The peak is a loop of multiply-adds that touch registers only, on all threads; the rate of BLAS is
 NumPy's float32 product of two 2048 x 2048 matrices. Shapes are those of Kimi K2: 64 heads, latents
 512 + 64, keys 128 + 64, values 128. Decode counts 64 x (576 + 512) multiply-adds a row, prefill
 192 + 128 for each pair of a query and a visible key. On a machine that others share, --cpu-time
-counts the CPU seconds of a single thread instead (and leaves BLAS out).
+counts the CPU seconds of a single thread instead (and leaves BLAS out); otherwise only what was
+measured while every thread had a core of its own counts.
 """
 
 from __future__ import annotations
@@ -16,58 +17,16 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-from numba.core import types
 
+from bench.peak import on_all_cores, peak
 from kimi_cpu import hardware
 from kimi_cpu.kernels import fast, isa
-from kimi_cpu.kernels.attention_tile import FORM_BF16, FORM_F32, HAS_BF16_DOT, _multiply_add
-from kimi_cpu.kernels.common import address
-from kimi_cpu.kernels.simd import FLOAT, I32, Emit, F32x16, const, literal_intrinsic, store_f32
-from kimi_cpu.kernels.threads import load_args, op_of, run
+from kimi_cpu.kernels.attention_tile import FORM_BF16, FORM_F32, HAS_BF16_DOT
 from kimi_cpu.quant import F32, U16, f32_to_bf16
 
 HEADS, RANK, ROPE, NOPE, VALUE = 64, 512, 64, 128, 128
-_CHAINS = 16 if isa.VARIANT == "avx512vnni" else 6
-
-
-@literal_intrinsic
-def _multiply_adds(typingctx: Any, form: Any, n: Any) -> Any:
-    """n times _CHAINS independent vectors of multiply-adds, in registers."""
-    form_value = form.literal_value
-
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        e = Emit(builder)
-        if form_value == FORM_BF16 and not HAS_BF16_DOT:
-            return const(FLOAT, 0.0)
-        acc = [e.variable(const(F32x16, float(k))) for k in range(_CHAINS)]
-        x = e.splat(builder.sitofp(args[1], FLOAT))
-        with e.loop(0, args[1]):
-            for a in acc:
-                e.set(a, _multiply_add(e, form_value, x, x, e.get(a)))
-        total = e.get(acc[0])
-        for a in acc[1:]:
-            total = builder.fadd(total, e.get(a))
-        return builder.extract_element(total, const(I32, 0))
-
-    return types.float32(form, types.int64), codegen
-
-
-@isa.jit
-def peak_range(form, n, sink, start, stop):  # type: ignore[no-untyped-def]
-    """The loop for the items start .. stop-1; storing its result keeps it from being left out."""
-    for _ in range(start, stop):
-        if form == FORM_BF16:
-            store_f32(sink, _multiply_adds(FORM_BF16, n))
-        else:
-            store_f32(sink, _multiply_adds(FORM_F32, n))
-
-
-@op_of(peak_range)
-def peak_op(args, start, stop):  # type: ignore[no-untyped-def]
-    peak_range(*load_args(args, 3), start, stop)
 
 
 class Bench:
@@ -76,7 +35,6 @@ class Bench:
     def __init__(self, threads: int, longest: int, cpu_time: bool = False) -> None:
         self.threads = 1 if cpu_time else threads
         self.clock = time.thread_time if cpu_time else time.perf_counter
-        self.sink = np.zeros(1, np.float32)
         self.rng = np.random.default_rng(0)
         self.c_kv, self.k_pe = self.x(longest, RANK), self.x(longest, ROPE)
         self.c_bf16, self.pe_bf16 = f32_to_bf16(self.c_kv), f32_to_bf16(self.k_pe)
@@ -87,11 +45,7 @@ class Bench:
         return self.rng.standard_normal(shape, dtype=np.float32)
 
     def peak(self, form: int) -> float:
-        n, items = 200_000, 16 * self.threads
-        each = _CHAINS * 16 * (2 if form == FORM_BF16 else 1)
-        begin = self.clock()
-        run(peak_range, (form, n, address(self.sink)), (), items, 1, self.threads, 1 << 40)
-        return 2e-9 * n * items * each / (self.clock() - begin)
+        return peak(form, self.threads, self.clock)
 
     def blas(self) -> float:
         begin = self.clock()
@@ -154,8 +108,8 @@ def main() -> None:
                 continue
             if not wanted or (name.startswith("decode") and int(name.split()[1]) > options.longest):
                 continue
-            value = measure()
-            if round_number:
+            value = measure() if options.cpu_time else on_all_cores(measure, bench.threads)
+            if round_number and value is not None:
                 results.setdefault(name, []).append(value)
     middle = {name: statistics.median(values) for name, values in results.items()}
     lines = [

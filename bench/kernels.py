@@ -1,11 +1,12 @@
 """Kernels as shares of the memory's and the arithmetic's limits, in one interleaved run.
 
-    python bench/kernels.py [--threads 2] [--rounds 5] [--only TEXT] [--json FILE]
+    python -m bench.kernels [--threads 2] [--rounds 5] [--only TEXT] [--json FILE]
 
 Shapes are those of Kimi K2. Weights come from 1 GB of memory and more, one matrix after the other,
 so that no cache serves them, and every row is a recorded tape of calls, as a token is. All rows
 of a round alternate with the streaming readers of `kernels/bandwidth.py`; the ceiling is the best
-reader's median. Attention: `bench/attention.py`.
+reader's median. Only what was measured while every thread had a core of its own counts
+(`bench/peak.py`), if --shared-cores is not given. Attention: `bench.attention`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bench.peak import on_all_cores
 from kimi_cpu import hardware
 from kimi_cpu.kernels import fast, isa
 from kimi_cpu.kernels.bandwidth import READERS, DramReader
@@ -147,20 +149,29 @@ class Bench:
         return found
 
 
-def measure(bench: Bench, rounds: int, only: str) -> tuple[dict[str, list[float]], dict[str, str]]:
+def measure(
+    bench: Bench, rounds: int, only: str, shared_cores: bool
+) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Every row `rounds` times, alternating with the readers; returns values and units."""
     results: dict[str, list[float]] = {}
     units: dict[str, str] = {}
     rows = {n: r for n, r in bench.rows().items() if any(part in n for part in only.split("|"))}
     for number in range(rounds + 1):  # the first warms up and compiles
         for name, (unit, work) in rows.items():
-            for reader in READERS if unit == "GB/s" else ():
-                speed = bench.reader.read(reader, bench.threads) / 1e9
-                if number:
-                    results.setdefault(f"read, {reader}", []).append(speed)
-            value, units[name] = work(), unit
-            if number:
-                results.setdefault(name, []).append(value)
+            readers = {
+                f"read, {reader}": lambda r=reader: bench.reader.read(r, bench.threads) / 1e9
+                for reader in READERS
+            }
+            turn = {**(readers if unit == "GB/s" else {}), name: work}
+
+            def measured(turn: dict[str, Work] = turn) -> dict[str, float]:
+                return {label: each() for label, each in turn.items()}
+
+            values = measured() if shared_cores else on_all_cores(measured, bench.threads)
+            units[name] = unit
+            if number and values:
+                for label, value in values.items():
+                    results.setdefault(label, []).append(value)
     return results, units
 
 
@@ -169,16 +180,22 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=hardware.default_threads())
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", default="", help="only names that contain one of A|B|C")
+    parser.add_argument("--shared-cores", action="store_true", help="do not wait for whole cores")
     parser.add_argument("--json", help="append the medians to this file, one line of JSON")
     options = parser.parse_args()
-    results, units = measure(Bench(options.threads), options.rounds, options.only)
+    results, units = measure(
+        Bench(options.threads), options.rounds, options.only, options.shared_cores
+    )
     middle = {name: statistics.median(values) for name, values in results.items()}
     ceiling = max((v for name, v in middle.items() if name.startswith("read")), default=0.0)
     print(f"{hardware.cpu_name()}, {isa.VARIANT}, {options.threads} threads, "
           f"{options.rounds} rounds, best reader {ceiling:.1f} GB/s")  # fmt: skip
     for name, values in results.items():
         unit = units.get(name, "GB/s")
-        line = f"{name:32s} {middle[name]:7.1f} ({min(values):.1f}-{max(values):.1f}) {unit}"
+        line = (
+            f"{name:32s} {middle[name]:7.1f} ({min(values):.1f}-{max(values):.1f}, {len(values)})"
+        )
+        line += f" {unit}"
         if unit == "GB/s":
             line += f"  {middle[name] / ceiling:4.0%}"
         print(line)
