@@ -197,12 +197,13 @@ def gemm_tile(
             if int8:
                 starts = [start_sums(e, s) for s in starts]
             total = [list(starts) for _ in range(TILE_VECTORS)]
+            evens = [e.load_fours(e.add(at, inside)) for at in xs]
+            odds = [e.load_fours(e.add(at, inside), 64) for at in xs]
             for j in range(4):
                 low = [e.load(vec(I8, 64), at, 64 * j) for at in weights]
                 high = [e.load(vec(I8, 64), at, 64 * j + 256) for at in weights]
-                for c, at in enumerate(xs):
-                    even = e.load_splat(I8, e.add(at, inside), 4 * j)
-                    odd = e.load_splat(I8, e.add(at, inside), 4 * j + 64)
+                for c in range(n_tokens):
+                    even, odd = evens[c][j], odds[c][j]
                     for v in range(TILE_VECTORS):
                         if int8:
                             total[v][c] = dot_s8(e, total[v][c], low[v], even)

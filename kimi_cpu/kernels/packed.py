@@ -96,8 +96,7 @@ def _gemv_q8(
                 for line in range(0, size, 64):
                     e.prefetch(at, PREFETCH_BYTES + line)
             for group in range(2):
-                even = [e.load_splat(I8, q_at, 16 * group + 4 * j) for j in range(4)]
-                odd = [e.load_splat(I8, q_at, 16 * group + 4 * j + 64) for j in range(4)]
+                even, odd = e.load_fours(q_at, 16 * group), e.load_fours(q_at, 16 * group + 64)
                 start = e.load_splat(I32, number, PACK_SUMS + 4 * group)
                 if n_bits == 8:
                     start = start_sums(e, start)

@@ -131,6 +131,16 @@ class Emit:
             return self.b.bitcast(self.splat(self.load(I32, addr, offset)), vec(I8, 64))
         return self.splat(self.load(element, addr, offset))
 
+    def load_fours(self, addr: Any, offset: int = 0) -> list[Any]:
+        """16 int8 in memory as four vectors: each four of them repeated to 64 bytes."""
+        if VARIANT != "neon":
+            return [self.load_splat(I8, addr, offset + 4 * j) for j in range(4)]
+        # `sdot` itself can repeat one of a register's fours, which saves loads and registers.
+        fours = self.load(vec(I32, 4), addr, offset)
+        return [
+            self.b.bitcast(self.shuffle(fours, fours, [j] * LANES), vec(I8, 64)) for j in range(4)
+        ]
+
     def scratch(self, n_bytes: int) -> Any:
         """Address of n_bytes of the function's stack, 64-byte aligned, not initialised."""
         with self.b.goto_entry_block():  # not alloca_once: it fills with zeros, byte by byte
