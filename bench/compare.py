@@ -15,12 +15,13 @@ Prints medians, smallest and largest, and how many times as fast this engine is;
 with every sample, the versions, the commit and the date to bench/results/MACHINE.jsonl. Ctrl-C ends
 it with the rounds that are complete.
 
-ik_llama.cpp's wheels are built for AVX2. For a fair comparison on a newer CPU install the wheel, but
-build the library there and name it in IK_LLAMA_CPP_LIB_PATH: unpack the source distribution (it
-cannot be installed, a file of its examples is missing), then `cmake -S vendor/ik_llama.cpp -B build -DCMAKE_BUILD_TYPE=Release
--DBUILD_SHARED_LIBS=ON -DGGML_NATIVE=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF
--DLLAMA_BUILD_SERVER=OFF` and `cmake --build build --target llama -j 2`. Peers may live in virtual
-environments of their own: --python and --ik-python name their interpreters.
+ik_llama.cpp's wheels are built for AVX2. For a fair comparison on a newer CPU install the
+wheel, but build its library there and name it in IK_LLAMA_CPP_LIB_PATH: unpack the source
+distribution (it cannot be installed, a file of its examples is missing), then
+    cmake -S vendor/ik_llama.cpp -B build -DCMAKE_BUILD_TYPE=Release -DBUILD_SHARED_LIBS=ON \\
+        -DGGML_NATIVE=ON -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_SERVER=OFF
+    cmake --build build --target llama -j 2
+Peers may live in virtual environments of their own: --python and --ik-python name them.
 """
 
 from __future__ import annotations
