@@ -26,6 +26,7 @@ TRUNK_FORMS = ("int8", "bf16", "int4")
 
 _MAX_BYTES = 256 << 20
 _HINT = "The manifest is damaged: repack the checkpoint again."
+_CHUNK_LINES = re.compile(r'\[\s+(\d+),\s+(\d+),\s+("[0-9a-f]{8}")\s+\]')
 _CRC = re.compile("[0-9a-f]{8}")
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -79,6 +80,7 @@ class Manifest:
         source: the shards it was made from.
         trunk_form: one of TRUNK_FORMS.
         align: what expert records are aligned to, in bytes.
+        file_bytes: what weight files were cut at, about.
         records_per_file: experts a file.
         expert_files, trunk_files: the weights, in order.
         copied: everything else.
@@ -88,6 +90,7 @@ class Manifest:
     source: tuple[SourceFile, ...]
     trunk_form: str
     align: int
+    file_bytes: int
     records_per_file: int
     expert_files: tuple[WeightFile, ...]
     trunk_files: tuple[WeightFile, ...]
@@ -99,6 +102,7 @@ class Manifest:
         values = {
             "format": FORMAT,
             "version": VERSION,
+            "file_bytes": self.file_bytes,
             "source": [
                 {"name": f.name, "bytes": f.n_bytes, "header_sha256": f.header_sha256}
                 for f in self.source
@@ -120,7 +124,8 @@ class Manifest:
                 {"name": f.name, "bytes": f.n_bytes, "crc32": f"{f.crc32:08x}"} for f in self.copied
             ],
         }
-        return json.dumps(values, indent=1) + "\n"
+        text = json.dumps(values, indent=1) + "\n"
+        return _CHUNK_LINES.sub(r"[\1, \2, \3]", text)  # a line a chunk instead of five
 
 
 def _file_values(file: WeightFile) -> dict[str, Any]:
@@ -151,7 +156,7 @@ def load_manifest(folder: Path) -> Manifest:
 
 
 def _read(values: dict[str, Any]) -> Manifest:
-    _keys(values, "the manifest", "format version source experts trunk copied")
+    _keys(values, "the manifest", "format version file_bytes source experts trunk copied")
     experts = _keys(values["experts"], "experts", "align records_per_file files")
     trunk = _keys(values["trunk"], "trunk", "form files rounding")
     align = experts["align"]
@@ -165,6 +170,7 @@ def _read(values: dict[str, Any]) -> Manifest:
         source=_list(values["source"], "source", _source_file),
         trunk_form=trunk["form"],
         align=align,
+        file_bytes=_number(values["file_bytes"], "file_bytes", low=1),
         records_per_file=_number(experts["records_per_file"], "records_per_file", low=1),
         expert_files=_list(
             experts["files"], "experts.files", lambda v: _weight_file(v, r"experts-\d{5}\.kcpu")

@@ -75,12 +75,11 @@ class PackedCheckpoint(Checkpoint):
         trunk_files: list[SafetensorsFile] = []
         try:
             for listed in manifest.expert_files:
+                _check_size(folder / listed.name, listed)
                 expert_files.append(MappedFile(folder / listed.name, 1, _INCOMPLETE))
-                _check_size(expert_files[-1], listed)
             for listed in manifest.trunk_files:
-                _check_there(folder / listed.name)
+                _check_size(folder / listed.name, listed)
                 trunk_files.append(SafetensorsFile(folder / listed.name))
-                _check_size(trunk_files[-1], listed)
             _check_trunk(folder, config, trunk_files)
             return cls(folder, config, manifest, records, expert_files, trunk_files)
         except BaseException:
@@ -211,16 +210,13 @@ def _expert_name(name: str) -> tuple[int, int, str]:
     return int(match[1]), int(match[2]), match[3]
 
 
-def _check_there(path: Path) -> None:
+def _check_size(path: Path, listed: WeightFile) -> None:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such file", _INCOMPLETE)
-
-
-def _check_size(file: MappedFile | SafetensorsFile, listed: WeightFile) -> None:
-    if file.size != listed.n_bytes:
+    size = path.stat().st_size
+    if size != listed.n_bytes:
         raise CheckpointError(
-            f"{file.path}: has {file.size} bytes, {MANIFEST_NAME} says {listed.n_bytes}",
-            _INCOMPLETE,
+            f"{path}: has {size} bytes, {MANIFEST_NAME} says {listed.n_bytes}", _INCOMPLETE
         )
 
 
