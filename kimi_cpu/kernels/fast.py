@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,6 @@ from kimi_cpu.kernels.common import (
     I32,
     I64,
     KIND_BF16,
-    KIND_INT4,
     Q8,
     WITH_Q8,
     CannotReplay,
@@ -75,8 +75,8 @@ from kimi_cpu.quant import (
 
 VARIANT = isa.VARIANT
 
-#: Tokens that the experts process at once; bounds the memory of intermediate results.
-MOE_TOKENS = 512
+#: Pairs of a token and an expert processed at once: bounds the memory of intermediate results.
+MOE_PAIRS = 4096
 _ROW_GRAIN = 32
 
 _iota_lock = threading.Lock()
@@ -209,48 +209,52 @@ def moe(
     if len(x) == 1:
         _moe_token(x, experts, ids, weights, precision, threads, out)
         return out
-    for t in range(0, len(x), MOE_TOKENS):
-        part = slice(t, t + MOE_TOKENS)
-        _moe_part(x[part], experts, ids[part], weights[part], precision, threads, out[part])
+    out[:] = 0
+    flat = ids.ravel()
+    order = np.argsort(flat, kind="stable")  # pairs (token, slot), sorted by expert
+    ordered = flat[order].astype(np.int64)
+    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
+    segments = np.stack([ordered[starts], starts, np.r_[starts[1:], flat.size]], axis=1)
+    if segments[0, 0] < 0 or segments[-1, 0] >= len(experts):
+        raise ValueError(f"expert ids outside 0 .. {len(experts) - 1}")
+    pair_token, pair_weight = order // ids.shape[1], weights.ravel()[order]
+    quantise = precision == "fast" and x.shape[1] % GROUP_SIZE == experts.width % GROUP_SIZE == 0
+    xq = quantize_activations(x) if quantise else None
+    first = 0
+    while first < len(segments):  # some experts at a time: bounds the intermediate results
+        n = max(1, int(np.sum(segments[first:, 2] - segments[first, 1] <= MOE_PAIRS)))
+        part = segments[first : first + n]
+        begin, end = int(part[0, 1]), int(part[-1, 2])
+        pairs = _Pairs(part - [0, begin, begin], pair_token[begin:end], pair_weight[begin:end])
+        _moe_part(x, xq, experts, pairs, precision, threads, out)
+        first += n
     return out
 
 
+class _Pairs(NamedTuple):
+    """Chosen (token, slot) pairs, sorted by expert."""
+
+    segments: I64  # [n, 3]: expert, its first pair, the end of its pairs
+    token: I64  # [P], row of x
+    weight: F32  # [P]
+
+
 def _moe_part(
-    x: F32, experts: ExpertTable, ids: I32, weights: F32, precision: Precision, threads: int,
-    out: F32,
+    x: F32, xq: PackedQ8 | None, experts: ExpertTable, pairs: _Pairs, precision: Precision,
+    threads: int, out: F32,
 ) -> None:  # fmt: skip
-    (n_tokens, d), top_k = x.shape, ids.shape[1]
-    n_pairs = n_tokens * top_k
-    flat = ids.ravel()
-    order = np.argsort(flat, kind="stable")
-    ordered = flat[order]
-    starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
-    chosen = ordered[starts].tolist()
-    segments = np.stack([ordered[starts], starts, np.r_[starts[1:], n_pairs]], axis=1)
-    segments = np.ascontiguousarray(segments, dtype=np.int64)
-    pair_token = order // top_k
-    pair_place = np.empty(n_pairs, dtype=np.int64)
-    pair_place[order] = np.arange(n_pairs)
-    if min(chosen) < 0 or max(chosen) >= len(experts):
-        raise ValueError(f"expert ids outside 0 .. {len(experts) - 1}")
-    loaded = [experts[e] for e in chosen]  # the first use of an expert loads and validates it
-    width, cost = experts.width, 0
-    fast = precision == "fast"
-    for gate_weight, _, _ in loaded:
-        if gate_weight.shape != (width, d):
-            raise ValueError(f"an expert of shape {gate_weight.shape} among ({width}, {d})")
-        cost += gate_weight.nbytes
-    cost *= 1 + n_pairs // len(chosen) // 8
+    """Add what the pairs' experts compute to out [T, D]."""
+    chosen = pairs.segments[:, 0].tolist()
+    cost = 0
+    for e in chosen:  # the first use of an expert loads and validates it
+        if experts[e][0].shape != (experts.width, x.shape[1]):
+            raise ValueError(f"expert {e} has shape {experts[e][0].shape} for {x.shape[1]} inputs")
+        cost += experts[e][0].nbytes
+    cost *= 1 + len(pairs.token) // len(chosen) // 8
     if any(experts.kinds[e] < 0 for e in chosen):
-        _moe_mixed(x, experts, segments, pair_token, pair_place, weights, precision, threads, out)
-        return
-    xq = hq = None
-    if fast and any(experts.kinds[e] >= KIND_INT4 for e in chosen):
-        xq, hq = quantize_activations(x), _packed_buffer(n_pairs, width)
-    _run_experts(
-        x, xq, hq, experts, (segments, pair_token, pair_place), weights, fast, width, threads,
-        cost, out,
-    )  # fmt: skip
+        _moe_mixed(x, experts, pairs, precision, threads, out)
+    else:
+        _run_experts(x, xq, experts, pairs, precision == "fast", threads, cost, 0, out)
 
 
 def _moe_token(
@@ -262,8 +266,10 @@ def _moe_token(
     So this can be recorded: the experts' addresses are looked up when the tape is played.
     """
     top_k, d = ids.shape[1], x.shape[1]
-    segments = empty((top_k, 3), np.int64)
-    run(group_pairs, (address(ids), address(segments), top_k), (ids, segments), 1)
+    segments, sorted_weights = empty((top_k, 3), np.int64), empty((top_k,))
+    sort = (address(ids), address(weights), address(segments), address(sorted_weights), top_k)
+    run(group_pairs, sort, (ids, weights, segments, sorted_weights), 1)
+    pairs = _Pairs(segments, np.zeros(top_k, np.int64), sorted_weights)
 
     def load() -> None:
         for e in segments[:, 0].tolist():
@@ -276,8 +282,8 @@ def _moe_token(
     if tape is None:
         load()
         if any(experts.kinds[e] < 0 for e in segments[:, 0].tolist()):
-            places = (np.zeros(top_k, np.int64), np.arange(top_k))
-            _moe_mixed(x, experts, segments, *places, weights, precision, threads, out)
+            out[:] = 0
+            _moe_mixed(x, experts, pairs, precision, threads, out)
             return
     else:
 
@@ -287,65 +293,50 @@ def _moe_token(
                 raise CannotReplay("experts whose projections are stored in different ways")
 
         tape.need_experts(segments, experts.addresses, load_for_tape)
-    width = experts.width
-    xq = hq = None
-    if precision == "fast" and d % GROUP_SIZE == width % GROUP_SIZE == 0:
+    xq = None
+    if precision == "fast" and d % GROUP_SIZE == experts.width % GROUP_SIZE == 0:
         # float32 or bf16 experts do not read it; the cost is a few microseconds.
-        xq, hq = quantize_activations(x), _packed_buffer(top_k, width)
-    pairs = (segments, np.zeros(top_k, np.int64), np.arange(top_k))
-    _run_experts(
-        x, xq, hq, experts, pairs, weights, precision == "fast", width, threads,
-        top_k * width * d // 2, out,
-    )  # fmt: skip
+        xq = quantize_activations(x)
+    cost = top_k * experts.width * d // 2
+    _run_experts(x, xq, experts, pairs, precision == "fast", threads, cost, 1, out)
 
 
 def _run_experts(
-    x: F32, xq: PackedQ8 | None, hq: npt.NDArray[np.uint8] | None, experts: ExpertTable,
-    pairs: tuple[I64, I64, I64], weights: F32, fast: bool, width: int, threads: int, cost: int,
-    out: F32,
+    x: F32, xq: PackedQ8 | None, experts: ExpertTable, pairs: _Pairs, fast: bool, threads: int,
+    cost: int, new_tokens: int, out: F32,
 ) -> None:  # fmt: skip
-    """Both phases over sorted pairs: (segments [n, 3], pair_token [P], pair_place [T K])."""
-    segments, pair_token, pair_place = pairs
-    n_pairs, d = len(pair_token), x.shape[1]
-    n_tokens, top_k = weights.shape
+    """Both phases over the pairs; the first new_tokens rows of out are zeroed before."""
+    n_pairs, d, width = len(pairs.token), x.shape[1], experts.width
     gate, up, slots = empty((n_pairs, width)), empty((n_pairs, width)), empty((n_pairs, d))
-    keep: tuple[object, ...] = (
-        x, experts, segments, pair_token, pair_place, weights, out, gate, up, slots, xq, hq
-    )  # fmt: skip
+    hq = None if xq is None else _packed_buffer(n_pairs, width)
+    keep: tuple[object, ...] = (x, experts, *pairs, out, gate, up, slots, xq, hq)
     hq_address = 0 if hq is None else address(hq)
     shared = (
-        address(experts.addresses), address(experts.kinds), int(fast), address(segments),
-        len(segments),
+        address(experts.addresses), address(experts.kinds), int(fast), address(pairs.segments),
+        len(pairs.segments),
     )  # fmt: skip
     up_args = (
-        *shared, address(pair_token), address(x), 0 if xq is None else address(xq.data), d,
+        *shared, address(pairs.token), address(x), 0 if xq is None else address(xq.data), d,
         address(gate), address(up), hq_address, width,
     )  # fmt: skip
     run(gate_up_range, up_args, keep, width, GROUP_SIZE, threads, 2 * cost)
     down_args = (
         *shared, _iota_address(n_pairs), address(gate), hq_address, width, address(slots),
-        address(pair_place), address(weights), n_tokens, top_k, address(out), d,
+        address(pairs.token), address(pairs.weight), new_tokens, address(out), d,
     )  # fmt: skip
     run(down_range, down_args, keep, d, _ROW_GRAIN, threads, cost)
 
 
 def _moe_mixed(
-    x: F32, experts: ExpertTable, segments: I64, pair_token: I64, pair_place: I64, weights: F32,
-    precision: Precision, threads: int, out: F32,
-) -> None:  # fmt: skip
+    x: F32, experts: ExpertTable, pairs: _Pairs, precision: Precision, threads: int, out: F32
+) -> None:
     """Experts whose projections are stored in different ways: one call a projection."""
-
-    slots = np.empty((len(pair_token), x.shape[1]), dtype=np.float32)
-    for e, start, stop in segments.tolist():
+    for e, start, stop in pairs.segments.tolist():
         gate, up, down = experts[e]
-        v = np.ascontiguousarray(x[pair_token[start:stop]])
+        tokens = pairs.token[start:stop]
+        v = np.ascontiguousarray(x[tokens])
         h = silu_mul(project(v, gate, precision, threads), project(v, up, precision, threads))
-        slots[start:stop] = project(h, down, precision, threads)
-    n_pairs = weights.size
-    picked = slots[pair_place[:n_pairs]].reshape(*weights.shape, -1)
-    out[:] = 0
-    for k in range(weights.shape[1]):
-        out += weights[:, k, None] * picked[:, k]
+        out[tokens] += pairs.weight[start:stop, None] * project(h, down, precision, threads)
 
 
 def route(

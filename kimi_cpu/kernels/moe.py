@@ -2,6 +2,7 @@
 
 The chosen (token, slot) pairs are sorted by expert. A segment is one expert with its pairs
 p in [start, stop); one token makes K segments of one pair. Both phases may be split over rows.
+A token's results are added in the order of the segments, by rising expert.
 """
 
 from __future__ import annotations
@@ -10,9 +11,9 @@ from kimi_cpu.kernels.common import KIND_INT4, WITH_Q8
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, pack_rows
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.matmul import dot_rows
-from kimi_cpu.kernels.norm_rope import silu_mul_row, weighted_row_sum
+from kimi_cpu.kernels.norm_rope import add_scaled_row, silu_mul_row, zero_row
 from kimi_cpu.kernels.rows import store_i64
-from kimi_cpu.kernels.simd import load_i32, load_i64
+from kimi_cpu.kernels.simd import load_f32, load_i32, load_i64, store_f32
 
 
 @jit
@@ -58,14 +59,16 @@ def gate_up_range(  # type: ignore[no-untyped-def]
 
 @jit
 def down_range(  # type: ignore[no-untyped-def]
-    table, kinds, fast, segments, n_segments, iota, hidden, hq, width, slots, pair_place,
-    weights, n_tokens, top_k, out, d, start, stop,
+    table, kinds, fast, segments, n_segments, iota, hidden, hq, width, slots, pair_token,
+    pair_weight, new_tokens, out, d, start, stop,
 ):  # fmt: skip
-    """Columns start .. stop-1 of the output: down projections into slots [P, d], then their sum.
+    """Columns start .. stop-1 of the output: down projections into slots [P, d], added to out.
 
-    iota: int64 0, 1, ..; pair_place: int64 [T, K], the pair of a token's slot; weights
-    float32 [T, K]; out float32 [T, d]. All addresses.
+    out [T, d] gains pair_weight[p] * slots[p] in row pair_token[p]; its first new_tokens rows are
+    zeroed before. iota: int64 0, 1, ..; pair_weight float32 [P]. All addresses.
     """
+    for t in range(new_tokens):
+        zero_row(out + (t * d + start) * 4, stop - start)
     for s in range(n_segments):
         expert = load_i64(segments + s * 24)
         p_start, p_stop = load_i64(segments + s * 24 + 8), load_i64(segments + s * 24 + 16)
@@ -76,17 +79,25 @@ def down_range(  # type: ignore[no-untyped-def]
             load_i64(table + expert * 48 + 32), load_i64(table + expert * 48 + 40),
             width, start, stop,
         )  # fmt: skip
-    for t in range(n_tokens):
-        weighted_row_sum(
-            slots, d * 4, pair_place + t * top_k * 8, weights + t * top_k * 4, top_k,
-            out + t * d * 4, start, stop,
-        )  # fmt: skip
+        for p in range(p_start, p_stop):
+            row = load_i64(pair_token + p * 8)
+            add_scaled_row(
+                slots + (p * d + start) * 4, pair_weight + p * 4, out + (row * d + start) * 4,
+                stop - start,
+            )  # fmt: skip
 
 
 @jit
-def group_pairs(ids, segments, top_k):  # type: ignore[no-untyped-def]
-    """Segments of one token: expert ids[k] (int32) has the pair k."""
+def group_pairs(ids, weights, segments, pair_weight, top_k):  # type: ignore[no-untyped-def]
+    """One token's pairs, sorted by expert: segments int64 [top_k, 3], pair_weight [top_k].
+
+    ids int32 and weights float32 [top_k] are in the router's order.
+    """
     for k in range(top_k):
-        store_i64(segments + k * 24, load_i32(ids + k * 4))
-        store_i64(segments + k * 24 + 8, k)
-        store_i64(segments + k * 24 + 16, k + 1)
+        expert, place = load_i32(ids + k * 4), 0
+        for other in range(top_k):
+            place += int(load_i32(ids + other * 4) < expert)
+        store_i64(segments + place * 24, expert)
+        store_i64(segments + place * 24 + 8, place)
+        store_i64(segments + place * 24 + 16, place + 1)
+        store_f32(pair_weight + place * 4, load_f32(weights + k * 4))

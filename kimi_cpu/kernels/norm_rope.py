@@ -103,30 +103,34 @@ def _scale_row(
 
 
 @intrinsic
-def weighted_row_sum(
-    typingctx: Any, rows: Any, row_bytes: Any, place: Any, weights: Any, n: Any, out: Any,
-    first: Any, last: Any,
-) -> Any:  # fmt: skip
-    """out[i] = sum over k < n, in order, of weights[k] * rows[place[k], i], first <= i < last."""
+def add_scaled_row(typingctx: Any, row: Any, weight: Any, out: Any, n: Any) -> Any:
+    """out[i] += weight[0] * row[i], i < n; float32 at these addresses."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e = Emit(builder)
-        rows, row_bytes, place, weights, n, out, first, last = args
+        row, weight, out, n = args
+        factor = e.splat(e.load(FLOAT, weight))
 
         def piece(i: Any, mask: Any) -> None:
-            i = e.add(i, first)
-            acc = e.variable(const(F32x16, 0.0))
-            with e.loop(0, n) as k:
-                row = e.load(first.type, e.add(place, e.mul(k, 8)))
-                weight = e.splat(e.load(FLOAT, e.add(weights, e.mul(k, 4))))
-                v = _load(e, e.add(rows, e.mul(row, row_bytes)), i, mask)
-                e.set(acc, e.fma(weight, v, e.get(acc)))
-            _store(e, e.get(acc), out, i, mask)
+            total = e.fma(factor, _load(e, row, i, mask), _load(e, out, i, mask))
+            _store(e, total, out, i, mask)
 
-        _emit_pieces(e, builder.sub(last, first), piece)
+        _emit_pieces(e, n, piece)
         return context.get_dummy_value()
 
-    return types.void(*[types.int64] * 8), codegen
+    return types.void(*[types.int64] * 4), codegen
+
+
+@intrinsic
+def zero_row(typingctx: Any, out: Any, n: Any) -> Any:
+    """out[i] = 0, i < n; float32 at this address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        e = Emit(builder)
+        _emit_pieces(e, args[1], lambda i, mask: _store(e, const(F32x16, 0.0), args[0], i, mask))
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 2), codegen
 
 
 @jit

@@ -32,12 +32,12 @@ def gate_up(args, start, stop):  # type: ignore[no-untyped-def]
 
 @op_of(down_range)
 def down(args, start, stop):  # type: ignore[no-untyped-def]
-    down_range(*load_args(args, 16), start, stop)
+    down_range(*load_args(args, 15), start, stop)
 
 
 @op_of(group_pairs)
 def group(args, start, stop):  # type: ignore[no-untyped-def]
-    group_pairs(*load_args(args, 3))
+    group_pairs(*load_args(args, 5))
 
 
 # Positions are read when an operation is played, so that a tape serves every token.

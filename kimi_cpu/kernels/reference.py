@@ -65,21 +65,18 @@ def project(x: F32, w: Weight, precision: Precision, threads: int = 1) -> F32:
 def moe(
     x: F32, experts: ExpertTable, ids: I32, weights: F32, precision: Precision, threads: int = 1
 ) -> F32:
-    """The routed experts: x [T, D], ids int32 [T, K], weights [T, K] -> [T, D].
+    """The routed experts: x [T, D], ids int32 [T, K] (distinct in a row), weights [T, K] -> [T, D].
 
-    Row t is the sum, in slot order k = 0 .. K-1, of
+    Row t is the sum, by rising expert id, of
     weights[t, k] * down(silu(gate x_t) * up x_t) of expert ids[t, k].
     Only chosen experts are touched. Quantised projections of "fast" precision see int8 activations.
     """
-    slots = np.empty((*ids.shape, x.shape[1]), dtype=np.float32)
+    out = np.zeros_like(x)
     for e in np.unique(ids):
         gate, up, down = experts[int(e)]
         tokens, slot = np.nonzero(ids == e)
         hidden = silu_mul(project(x[tokens], gate, precision), project(x[tokens], up, precision))
-        slots[tokens, slot] = project(hidden, down, precision)
-    out = np.zeros_like(x)
-    for k in range(ids.shape[1]):
-        out += weights[:, k, None] * slots[:, k]
+        out[tokens] += weights[tokens, slot, None] * project(hidden, down, precision)
     return out
 
 
