@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from kimi_cpu.hardware import Hardware
     from kimi_cpu.store.summary import Summary
 
-_DTYPE_NAMES = {"I32": "INT4 (packed in I32)", "BF16": "bf16", "F32": "float32", "I64": "int64"}
+_DTYPE_NAMES = {
+    "I32": "INT4 (packed in I32)",
+    "I64": "int64",
+    "BF16": "bf16",
+    "F32": "float32",
+    "INT4": "INT4 (packed)",
+    "INT8": "int8 (packed)",
+}
 
 
 @click.command(
