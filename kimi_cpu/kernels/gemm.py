@@ -43,7 +43,7 @@ from kimi_cpu.kernels.simd import (
 from kimi_cpu.quant import BLOCK_COLUMNS
 
 #: Row vectors and tokens of a tile; the int32 and the float32 sums must fit the registers.
-TILE_VECTORS, TILE_TOKENS = (2, 4) if VARIANT == "avx512vnni" else (1, 2)
+TILE_VECTORS, TILE_TOKENS = {"avx512vnni": (2, 4), "avxvnni": (1, 4)}.get(VARIANT, (1, 2))
 #: Tokens of the tile for the last one or two.
 REST_TOKENS = 2
 BLOCK4_BYTES, BLOCK8_BYTES = block_bytes(4), block_bytes(8)

@@ -25,7 +25,7 @@ from kimi_cpu.kernels.common import (
 from kimi_cpu.kernels.dense import emit_dot
 from kimi_cpu.kernels.gemm import gemm_rows
 from kimi_cpu.kernels.int4 import emit_dot_f32, emit_dot_q8
-from kimi_cpu.kernels.isa import VARIANT, jit
+from kimi_cpu.kernels.isa import REGISTERS, jit
 from kimi_cpu.kernels.packed import gemv_rows, rows_f32
 from kimi_cpu.kernels.simd import Emit, literal_intrinsic, load_i64
 
@@ -35,12 +35,11 @@ _EMIT_GROUPS: dict[int, Callable[..., Any]] = {
     KIND_INT4_Q8: emit_dot_q8,
 }
 
-# Tiles that fit the registers: 32 of 512 bits, or 16 of 256.
-STREAMS = 8 if VARIANT == "avx512vnni" else 4
+# Tiles that fit the registers.
+STREAMS = 8 if REGISTERS == 32 else 4
 #: Rows of INT4 read side by side: more crowd the L1 cache, in which rows of 2^k bytes collide.
 INT4_STREAMS = 3
-TILE_ROWS = 4 if VARIANT == "avx512vnni" else 2
-TILE_TOKENS = 4
+TILE_ROWS = TILE_TOKENS = 4 if REGISTERS == 32 else 2
 #: Rows whose weights stay in the L2 cache while all tokens pass by.
 ROW_BLOCK = 32
 #: From so many tokens on, repacking a panel of quantised weights pays.
