@@ -1,0 +1,549 @@
+"""The expert store: who is in memory, who is on the way, and who has to go.
+
+A model asks for a layer's experts as soon as its router has spoken (`LayerExperts.request`), does
+something else, and takes them as they come (`arrived`). A load's result is put on the layer's
+*shelf*, the kernels' table of addresses, and taken off it before its memory is given to another.
+Only the thread that runs a pass changes what is resident; reader threads fill memory that nobody
+looks at yet.
+
+When everything fits, nothing is ever taken off a shelf, and passes of several threads may run at
+once. Otherwise a pass holds `passing()` from its first layer to its last: an expert that one
+timeline computes with must not be let go by another.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from kimi_cpu.quant import Weight
+from kimi_cpu.store.checkpoint import Checkpoint
+from kimi_cpu.store.experts.backends import Backend
+from kimi_cpu.store.experts.budget import Budget
+from kimi_cpu.store.experts.policy import Frequency
+from kimi_cpu.store.experts.reader import Load, Reader
+from kimi_cpu.store.experts.simulation import Recorder
+from kimi_cpu.store.experts.trunk import ResidentTrunk
+from kimi_cpu.store.extents import Extent
+
+Expert = tuple[Weight, Weight, Weight]
+I32 = npt.NDArray[np.int32]
+I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
+
+#: Experts of the next layer that are loaded ahead at a time.
+_LOOKAHEAD = 4
+#: The last so many decide whether loading ahead pays ...
+_JUDGED = 96
+#: ... and so many must have been of use. One that is takes a whole read out of a wait; one that
+#: is not makes a demand wait for a piece of it and sends the least wanted expert away.
+_LEAST_USEFUL = 1 / 3
+#: After so many tokens without, it gets another chance.
+_RETRY_TOKENS = 512
+
+#: Positions in `ExpertStore.counters`.
+USES, HITS = 0, 1
+
+
+class Shelf(Protocol):
+    """Where a layer's resident experts lie ready for the kernels."""
+
+    def put(self, expert: int, weights: Expert) -> None:
+        """This expert may be used from now on."""
+
+    def take(self, expert: int) -> None:
+        """It may not be used any more."""
+
+
+@dataclass(frozen=True)
+class ExpertStats:
+    """Counts since the store was made; subtract two to have those between them.
+
+    Attributes:
+        tokens: computed.
+        uses, hits: experts that passes needed (each once a layer and pass), and those of them that
+            were there when the router had spoken.
+        read_bytes: for experts, from the disk or its cache.
+        wait_s: seconds in which nothing could be computed for want of an expert.
+        disk_s: seconds in which at least one reader was at work.
+        ahead: experts loaded before the router of their layer had spoken ...
+        ahead_used: ... that it then chose ...
+        ahead_hits: ... and that were there by then (they count as hits).
+    """
+
+    tokens: int = 0
+    uses: int = 0
+    hits: int = 0
+    read_bytes: int = 0
+    wait_s: float = 0.0
+    disk_s: float = 0.0
+    ahead: int = 0
+    ahead_used: int = 0
+    ahead_hits: int = 0
+
+    def __sub__(self, before: ExpertStats) -> ExpertStats:
+        return ExpertStats(
+            *(getattr(self, f.name) - getattr(before, f.name) for f in fields(ExpertStats))
+        )
+
+    @property
+    def hit_rate(self) -> float:
+        """1.0 without uses."""
+        return self.hits / self.uses if self.uses else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Of the experts that would have been missing, the part that was loaded ahead."""
+        missing = self.uses - self.hits + self.ahead_hits
+        return self.ahead_used / missing if missing else 0.0
+
+
+class LayerExperts:
+    """One layer's experts, as its kernels ask for them.
+
+    Attributes:
+        scores, frequencies: float64 [E], the policy's numbers of this layer's experts.
+        state: float64 [2], see `policy.Frequency`.
+        counters: int64 [2], uses and hits of the whole store.
+        chosen: int32 [K], what the last pass of one token chose here.
+    """
+
+    def __init__(self, store: ExpertStore, layer: int, first: int) -> None:
+        """first: the store's number of expert 0. Use `ExpertStore.layer`."""
+        self._store = store
+        self.layer = layer
+        self.first = first
+        own = slice(first, first + store.n_experts)
+        self.scores: F64 = store.policy.scores[own]
+        self.frequencies: F64 = store.policy.frequencies[own]
+        self.state: F64 = store.policy.state
+        self.counters: I64 = store.counters
+        self.chosen: I32 = store.chosen[first // store.n_experts]
+
+    def put_on(self, shelf: Shelf) -> None:
+        """Experts of this layer go to `shelf`: those that are here now, and all later ones."""
+        self._store.attach(self, shelf)
+
+    def count(self, ids: I32) -> None:
+        """A router chose: int32 [T, K]. Compiled code does this itself for T = 1."""
+        self._store.count(self, ids)
+
+    def request(self, ids: Collection[int]) -> None:
+        """Start reading those that are missing; returns at once. Raises CheckpointError."""
+        self._store.request(self, ids)
+
+    def arrived(self, ids: Sequence[int]) -> list[int]:
+        """Those of the requested experts that are resident; waits until it is at least one.
+
+        Raises CheckpointError (the disk failed, a file was cut off, a scale is not finite) and
+        KeyboardInterrupt; nothing is lost by either.
+        """
+        return self._store.arrived(self, ids)
+
+    def sweep(self, ids: Sequence[int]) -> Iterator[list[int]]:
+        """All of `ids` in groups, each resident while it is handed out, the next being read.
+
+        First what is resident already, then the others in the order in which they lie on disk.
+        The memory of a group may be reused as soon as the next one is asked for.
+        """
+        return self._store.sweep(self, ids)
+
+    def anticipate(self, ids: Sequence[int]) -> None:
+        """The next pass through this layer may want these (best first): read some meanwhile."""
+        self._store.anticipate(self, ids)
+
+
+class ExpertStore:
+    """Owns the routed experts of one checkpoint.
+
+    Args:
+        checkpoint: where they are.
+        backend: how they are read; its slots are the store's.
+        budget: how many may be resident.
+        lookahead: whether loading ahead may be tried.
+        recorder: writes down what the routers choose.
+        trunk: is closed with the store.
+
+    Attributes:
+        n_experts, top_k: of a layer, of a token.
+        looks_ahead: int64 [1], 1 while loading ahead is worth it, for compiled code to see.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, backend: Backend, budget: Budget, *, lookahead: bool = True,
+        recorder: Recorder | None = None, trunk: ResidentTrunk | None = None,
+    ) -> None:  # fmt: skip
+        config = checkpoint.config
+        self.n_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
+        self._checkpoint = checkpoint
+        self._backend = backend
+        self._budget = budget
+        self._recorder = recorder
+        self._trunk = trunk
+        self._reader = Reader()
+        layers = [i for i in range(config.num_hidden_layers) if not config.is_dense_layer(i)]
+        total = len(layers) * self.n_experts
+        self.policy = Frequency(total)
+        self.counters: I64 = np.zeros(2, dtype=np.int64)
+        self.chosen: I32 = np.zeros((len(layers), self.top_k), dtype=np.int32)
+        self._layers = {
+            layer: LayerExperts(self, layer, i * self.n_experts) for i, layer in enumerate(layers)
+        }
+        self._numbers_of = list(self._layers)
+        self._shelves: list[Shelf | None] = [None] * len(layers)
+        self._latent_bytes = 0
+        self._capacity = budget.slots(0)
+        self.bounded = self._capacity < total
+        self._lookahead = lookahead and self.bounded and len(layers) > 1
+        self.looks_ahead: I64 = np.array([int(self._lookahead)], dtype=np.int64)
+
+        # A number's slot or -1. Everything else about residency follows from it and the loads.
+        self._slot_of = np.full(total, -1, dtype=np.int64)
+        self._n_slots = self._capacity
+        self._free = list(range(self._n_slots - 1, -1, -1))
+        self._retired: set[int] = set()  # slots given up for latents
+        self._loads: dict[int, Load] = {}
+        self._protected: set[int] = set()  # what the layer at hand computes with
+        self._whole = True  # false after an exception in the middle of a change
+        self._lock = threading.RLock()
+        self._pass_lock = threading.RLock()
+
+        self._guessed: dict[int, set[int]] = {}  # layer's index -> numbers loaded ahead for it
+        self._useful: deque[bool] = deque(maxlen=_JUDGED)
+        self._retry_at = 0
+        self._tokens = self._ahead = self._ahead_used = self._ahead_hits = 0
+        self._wait_s = 0.0
+        self._routes: list[I32 | None] = [None] * len(layers)
+
+    def layer(self, layer: int) -> LayerExperts:
+        """The experts of a layer, by the layer's number in the model."""
+        return self._layers[layer]
+
+    @property
+    def io(self) -> str:
+        """How experts are read: "mmap" or "direct"."""
+        return self._backend.io
+
+    @property
+    def capacity(self) -> int:
+        """Experts that may be resident now."""
+        return self._capacity
+
+    @property
+    def resident(self) -> int:
+        """Experts that are resident or on the way."""
+        return int((self._slot_of >= 0).sum()) + len(self._loads)
+
+    def stats(self) -> ExpertStats:
+        """What has happened so far."""
+        return ExpertStats(
+            tokens=self._tokens, uses=int(self.counters[USES]), hits=int(self.counters[HITS]),
+            read_bytes=self._reader.read_bytes, wait_s=self._wait_s, disk_s=self._reader.busy_s,
+            ahead=self._ahead, ahead_used=self._ahead_used, ahead_hits=self._ahead_hits,
+        )  # fmt: skip
+
+    @contextmanager
+    def passing(self, n_tokens: int, latent_bytes: int) -> Iterator[None]:
+        """A forward pass of n tokens, beside so many bytes of latents.
+
+        Raises UsageError if the latents leave too little memory for a layer's experts.
+        """
+        if not self.bounded and self._recorder is None:
+            yield
+            self._tokens += n_tokens
+            return
+        with self._pass_lock:
+            if self.bounded and latent_bytes != self._latent_bytes:
+                self._make_room(latent_bytes)
+            yield
+            self._tokens += n_tokens
+            self.policy.tick(n_tokens)
+            if self._recorder is not None:
+                self._record(self._recorder, n_tokens)
+            if self._lookahead and not self.looks_ahead[0] and self._tokens >= self._retry_at:
+                self._useful.clear()
+                self.looks_ahead[0] = 1
+
+    def close(self) -> None:
+        """End the threads and close the files. Weights handed out stay valid."""
+        self._reader.close()
+        self._backend.close()
+        if self._trunk is not None:
+            self._trunk.close()
+        if self._recorder is not None:
+            self._recorder.close()
+
+    # What follows is LayerExperts' side of it; numbers are those of the whole store.
+
+    def attach(self, layer: LayerExperts, shelf: Shelf) -> None:
+        with self._changing():
+            self._shelves[layer.first // self.n_experts] = shelf
+            for number in range(layer.first, layer.first + self.n_experts):
+                slot = int(self._slot_of[number])
+                if slot >= 0:
+                    shelf.put(number - layer.first, self._weights(number, slot))
+
+    def count(self, layer: LayerExperts, ids: I32) -> None:
+        experts, times = np.unique(ids, return_counts=True)
+        numbers = experts.astype(np.int64) + layer.first
+        for number, n in zip(numbers.tolist(), times.tolist(), strict=True):
+            self.policy.use(number, n)
+        self.counters[USES] += len(numbers)
+        self.counters[HITS] += int((self._slot_of[numbers] >= 0).sum())
+        if len(ids) == 1:
+            layer.chosen[:] = ids[0]
+        elif self._recorder is not None:
+            self._routes[layer.first // self.n_experts] = ids.copy()
+
+    def request(self, layer: LayerExperts, ids: Collection[int]) -> None:
+        wanted = {layer.first + int(e) for e in ids}
+        if self._lookahead:
+            self._judge(layer, wanted)
+        with self._changing():
+            self._protected = wanted
+            self._publish()
+            new = []
+            for number in sorted(wanted):
+                if self._slot_of[number] >= 0:
+                    continue
+                load = self._loads.get(number)
+                if load is None:
+                    new.append(self._start(number, self._slot()))
+                elif load.ahead:
+                    self._reader.hurry(load)
+            self._reader.submit(new)
+
+    def arrived(self, layer: LayerExperts, ids: Sequence[int]) -> list[int]:
+        begin = None
+        while True:
+            with self._changing():
+                self._publish()
+                here = [e for e in ids if self._slot_of[layer.first + e] >= 0]
+                loads = [self._loads.get(layer.first + e) for e in ids]
+            if here or not ids:
+                if begin is not None:
+                    self._wait_s += time.perf_counter() - begin
+                return here
+            waiting = [load for load in loads if load is not None]
+            if not waiting:  # nobody asked, or another thread got the error of this load
+                self.request(layer, ids)
+                continue
+            begin = begin or time.perf_counter()
+            self._reader.wait(waiting)
+
+    def sweep(self, layer: LayerExperts, ids: Sequence[int]) -> Iterator[list[int]]:
+        with self._changing():
+            self._publish()
+            here = [e for e in ids if self._slot_of[layer.first + e] >= 0]
+        missing = set(ids) - set(here)
+        left = sorted(missing, key=lambda e: self._checkpoint.expert_extents(layer.layer, e))
+        # One half of the slots is filled while the other half is computed with.
+        window = max(min(self._capacity // 2, self.top_k), 1)
+        if here:
+            self._read_on(layer, left[:window], here)
+            yield here
+        group: list[int] = []
+        while left:
+            self._read_on(layer, left[:window], group)
+            if group:
+                yield group
+            group = self.arrived(layer, left[:window])
+            left = [e for e in left if e not in group]
+        if group:
+            yield group
+
+    def anticipate(self, layer: LayerExperts, ids: Sequence[int]) -> None:
+        if not self.looks_ahead[0]:
+            return
+        with self._changing():
+            self._publish()
+            room = min(_LOOKAHEAD, self._capacity - 2 * self.top_k)
+            room -= sum(load.ahead for load in self._loads.values())
+            likely = {layer.first + int(e) for e in ids}
+            new: list[Load] = []
+            for e in ids:
+                number = layer.first + int(e)
+                if len(new) >= room:
+                    break
+                if self._slot_of[number] >= 0 or number in self._loads:
+                    continue
+                slot = self._free_slot(self._protected | likely)
+                if slot is None:
+                    break
+                new.append(self._start(number, slot, ahead=True))
+            self._reader.submit(new)
+            self._ahead += len(new)
+            self._guessed[layer.first // self.n_experts] = {load.number for load in new}
+
+    # Inside.
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """The lock of all that describes residency; mends it if a Ctrl-C came in between."""
+        with self._lock:
+            if not self._whole:
+                self._mend()
+            self._whole = False
+            yield
+            self._whole = True
+
+    def _mend(self) -> None:
+        """Work out anew what a change that was broken off left half done."""
+        self._reader.drain()
+        for number, load in list(self._loads.items()):
+            if not load.done:
+                del self._loads[number]  # only a part of it was ever queued
+        used = {load.slot for load in self._loads.values()} | self._retired
+        for number in np.flatnonzero(self._slot_of >= 0).tolist():
+            slot = int(self._slot_of[number])
+            if slot in used or number in self._loads:
+                self._slot_of[number] = -1
+                self._take_off(number)
+            else:
+                used.add(slot)
+                self._put(number, self._weights(number, slot))
+        for number in np.flatnonzero(self._slot_of < 0).tolist():
+            self._take_off(number)
+        self._free = [slot for slot in range(self._n_slots - 1, -1, -1) if slot not in used]
+        self.policy.reset(np.flatnonzero(self._slot_of >= 0).tolist())
+
+    def _publish(self) -> None:
+        """Make resident what the readers have finished; raise the first error among demands."""
+        error = None
+        for number, load in list(self._loads.items()):
+            if not load.done:
+                continue
+            if load.error is None:
+                self._slot_of[number] = load.slot
+                self.policy.admit(number)
+                self._put(number, load.result)
+                if load.ahead and number in self._protected:
+                    self._ahead_hits += 1
+                    self.counters[HITS] += 1
+            else:
+                self._free.append(load.slot)
+                if not load.ahead:
+                    error = error or load.error
+            del self._loads[number]
+        if error is not None:
+            raise error
+
+    def _start(self, number: int, slot: int, ahead: bool = False) -> Load:
+        """A load of this expert into this slot, to be submitted."""
+        extents = self._extents(number)
+        load = Load(
+            number, slot, self._backend, self._backend.pieces(slot, extents),
+            lambda: self._weights(number, slot), ahead,
+        )  # fmt: skip
+        self._loads[number] = load
+        return load
+
+    def _slot(self) -> int:
+        """A slot for an expert that is needed now."""
+        while (slot := self._free_slot(self._protected)) is None:
+            others = [load for n, load in self._loads.items() if n not in self._protected]
+            if not others:
+                raise RuntimeError(f"{self._capacity} slots do not hold {len(self._protected)}")
+            self._reader.wait(others)
+            self._publish()
+        return slot
+
+    def _free_slot(self, protected: Collection[int]) -> int | None:
+        """A slot that is free or held by the least wanted expert outside `protected`."""
+        if self._free:
+            return self._free.pop()
+        victim = self.policy.evict(protected)
+        return None if victim is None else self._evict(victim)
+
+    def _evict(self, number: int) -> int:
+        """Let a resident expert go, which the policy has counted as gone; its slot."""
+        slot = int(self._slot_of[number])
+        self._take_off(number)
+        self._slot_of[number] = -1
+        self._backend.evict(slot, self._extents(number))
+        return slot
+
+    def _make_room(self, latent_bytes: int) -> None:
+        """Adapt the number of slots to the latents."""
+        self._budget.check(latent_bytes)
+        with self._changing():
+            self._publish()
+            self._protected = set()
+            self._capacity = min(self._budget.slots(latent_bytes), self._n_slots)
+            while self._n_slots - len(self._retired) > self._capacity:
+                slot = self._slot()
+                self._retired.add(slot)
+                self._backend.shrink(slot)
+            while self._n_slots - len(self._retired) < self._capacity:
+                self._free.append(self._retired.pop())
+            self._latent_bytes = latent_bytes
+
+    def _read_on(self, layer: LayerExperts, soon: Sequence[int], group: Sequence[int]) -> None:
+        """Start reading of `soon` what slots can be found for beside those of `group`."""
+        with self._changing():
+            self._publish()
+            self._protected = {layer.first + e for e in (*group, *soon)}
+            new = []
+            for e in soon:
+                number = layer.first + e
+                load = self._loads.get(number)
+                if self._slot_of[number] >= 0:
+                    continue
+                if load is None:
+                    slot = self._free_slot(self._protected)
+                    if slot is None:
+                        break
+                    new.append(self._start(number, slot))
+                elif load.ahead:
+                    self._reader.hurry(load)
+            self._reader.submit(new)
+
+    def _judge(self, layer: LayerExperts, wanted: set[int]) -> None:
+        """Learn whether what was loaded ahead for this layer is of use, and draw conclusions."""
+        guessed = self._guessed.pop(layer.first // self.n_experts, None)
+        if not guessed:
+            return
+        self._useful.extend(number in wanted for number in guessed)
+        self._ahead_used += len(guessed & wanted)
+        if len(self._useful) == _JUDGED and sum(self._useful) < _LEAST_USEFUL * _JUDGED:
+            self.looks_ahead[0] = 0
+            self._retry_at = self._tokens + _RETRY_TOKENS
+
+    def _record(self, recorder: Recorder, n_tokens: int) -> None:
+        if n_tokens == 1:
+            recorder.tokens(self.chosen[None])
+            return
+        routes = [ids for ids in self._routes if ids is not None]
+        if len(routes) == len(self._routes):
+            recorder.tokens(np.stack(routes, axis=1))
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(layer in the model, expert)."""
+        index, expert = divmod(number, self.n_experts)
+        return self._numbers_of[index], expert
+
+    def _extents(self, number: int) -> list[Extent]:
+        return self._checkpoint.expert_extents(*self._place(number))
+
+    def _weights(self, number: int, slot: int) -> Expert:
+        """Views on the bytes of a slot; the first time they are checked."""
+        buffers = self._backend.buffers(slot, self._extents(number))
+        return self._checkpoint.expert_from(*self._place(number), buffers)
+
+    def _put(self, number: int, weights: Expert) -> None:
+        shelf = self._shelves[number // self.n_experts]
+        if shelf is not None:
+            shelf.put(number % self.n_experts, weights)
+
+    def _take_off(self, number: int) -> None:
+        shelf = self._shelves[number // self.n_experts]
+        if shelf is not None:
+            shelf.take(number % self.n_experts)
