@@ -20,12 +20,15 @@ from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import ContextError, UsageError
 from kimi_cpu.kernels.common import Precision
 from kimi_cpu.kv_cache import CacheSnapshot
-from kimi_cpu.model import Ids, Model
+from kimi_cpu.model import Ids, LayerProgress, Model
 from kimi_cpu.quant import F32
 from kimi_cpu.store.checkpoint import Checkpoint
 
-#: Tokens of a prompt computed at once: bounds the memory of a pass and the wait of a Ctrl-C.
-PREFILL_CHUNK = 512
+#: Tokens of a prompt computed in one sweep over the weights: bounds the memory of a pass, which for
+#: Kimi K2 is 0.15 MB a token.
+PREFILL_CHUNK = 8192
+#: The same where logits of every token are wanted: 0.65 MB a token more.
+SCORE_CHUNK = 512
 
 #: Which implementation of the kernels computes.
 Backend = Literal["simd", "reference"]
@@ -106,8 +109,8 @@ class Engine:
             raise ContextError("there are no tokens to score", "pass at least one token id")
         cache = self._model.new_cache()
         logits = np.empty((len(tokens), self.config.vocab_size), dtype=np.float32)
-        for begin in range(0, len(tokens), PREFILL_CHUNK):
-            chunk = tokens[begin : begin + PREFILL_CHUNK]
+        for begin in range(0, len(tokens), SCORE_CHUNK):
+            chunk = tokens[begin : begin + SCORE_CHUNK]
             logits[begin : begin + len(chunk)] = self._model.forward(chunk, cache, all_logits=True)
             if progress is not None:
                 progress(begin + len(chunk), len(tokens))
@@ -179,7 +182,8 @@ class Session:
 
         Args:
             ids: the whole timeline, at least one token.
-            progress: told (done, all) of the tokens that must be computed, chunk by chunk.
+            progress: told (done, all) of the tokens that must be computed: after each layer, its
+                share of them.
 
         Returns:
             float32 [vocab_size], the logits after the last token. A copy is not made: do not
@@ -187,8 +191,8 @@ class Session:
 
         Raises:
             ContextError: no ids, an id outside the vocabulary, or too many for the context; the
-                timeline is unchanged. When interrupted (Ctrl-C), the timeline keeps the chunks
-                that were completed, so that a second `sync` continues there.
+                timeline is unchanged. When interrupted (Ctrl-C, between two kernels), the timeline
+                keeps the sweeps of PREFILL_CHUNK tokens that were completed.
         """
         tokens = _checked(self._model.config, ids)
         if not len(tokens):
@@ -206,9 +210,15 @@ class Session:
         self._truncate(keep)
         todo = tokens[keep:]
         for begin in range(0, len(todo), PREFILL_CHUNK):
-            self._append(todo[begin : begin + PREFILL_CHUNK])
-            if progress is not None:
-                progress(min(begin + PREFILL_CHUNK, len(todo)), len(todo))
+            chunk = todo[begin : begin + PREFILL_CHUNK]
+
+            def after_layer(
+                done: int, layers: int, begin: int = begin, n: int = len(chunk)
+            ) -> None:
+                if progress is not None:
+                    progress(begin + n * done // layers, len(todo))
+
+            self._append(chunk, after_layer)
         assert self._logits is not None
         return self._logits
 
@@ -246,12 +256,12 @@ class Session:
         self._tokens = list(snapshot.tokens)
         self._logits = snapshot.logits
 
-    def _append(self, ids: Ids) -> None:
+    def _append(self, ids: Ids, progress: LayerProgress | None = None) -> None:
         # A Ctrl-C may come at any of these lines: the cache may then be ahead of the tokens (cut
         # here), and logits that are not of the last token must not survive.
         self._cache.truncate(len(self._tokens))
         self._logits = None
-        logits = self._model.forward(ids, self._cache)
+        logits = self._model.forward(ids, self._cache, progress=progress)
         self._tokens.extend(ids.tolist())
         self._logits = logits[0]
 

@@ -22,6 +22,7 @@ Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1, MLA), DeepSeek-V3 (arXiv 24
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -34,13 +35,19 @@ from kimi_cpu.config import LATENT_NORM_EPS
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.kernels.common import CannotReplay, ExpertTable, Position, Precision
 from kimi_cpu.kv_cache import LatentCache
-from kimi_cpu.quant import F32, U16, Weight, as_f32
+from kimi_cpu.quant import F32, U16, Weight, as_f32, rows_of
 from kimi_cpu.store.checkpoint import Checkpoint
 
 if TYPE_CHECKING:  # importing it imports numba
     from kimi_cpu.kernels.threads import Tape
 
+#: Heads whose keys and values exist at a time, and tokens in a SwiGLU, in the pass of a prompt.
+HEADS_AT_ONCE = 16
+MLP_TOKENS = 1024
+
 Ids = npt.NDArray[np.int64]
+#: Called after each layer of a pass with (layers done, layers in all).
+LayerProgress = Callable[[int, int], None]
 Norm = U16 | F32
 
 
@@ -143,13 +150,23 @@ class Model:
         """An empty cache of this model's shape."""
         return LatentCache(self.config)
 
-    def forward(self, ids: Ids, cache: LatentCache, all_logits: bool = False) -> F32:
+    def forward(
+        self,
+        ids: Ids,
+        cache: LatentCache,
+        all_logits: bool = False,
+        progress: LayerProgress | None = None,
+    ) -> F32:
         """Compute the tokens that follow those in `cache`, and append them to it.
+
+        All tokens pass a layer before the next one begins, and in it all tokens of an expert
+        before the next expert: however long the prompt is, no weight is read twice.
 
         Args:
             ids: int64 [T], T >= 1, each within the vocabulary.
             cache: the latents of all earlier tokens.
             all_logits: return logits of every token instead of the last one only.
+            progress: told how far a pass of several tokens is.
 
         Returns:
             float32 [T, vocab_size] or [1, vocab_size].
@@ -163,7 +180,7 @@ class Model:
         if len(ids) == 1 and self._replays:
             logits = self._replay(inputs, cache)
         else:
-            logits = self._compute(inputs, cache, all_logits)
+            logits = self._compute(inputs, cache, all_logits, progress)
         if not np.isfinite(logits).all():
             raise self._find_non_finite() or CheckpointError(
                 "the model computed logits that are not finite, though its trunk is",
@@ -172,7 +189,13 @@ class Model:
         cache.advance(len(ids))
         return logits
 
-    def _compute(self, inputs: Inputs, cache: LatentCache, all_logits: bool) -> F32:
+    def _compute(
+        self,
+        inputs: Inputs,
+        cache: LatentCache,
+        all_logits: bool,
+        progress: LayerProgress | None = None,
+    ) -> F32:
         """The network from embeddings to logits.
 
         Only kernels touch numbers here, so that the pass of one token can be recorded once and
@@ -185,6 +208,8 @@ class Model:
             h = self._rmsnorm(x, layer.post_attention_layernorm)
             mlp = layer.mlp
             x = k.add(x, self._moe(mlp, h) if isinstance(mlp, MoEWeights) else self._mlp(mlp, h))
+            if progress is not None:
+                progress(i + 1, len(self.layers))
         if not all_logits:
             x = x[-1:]
         return self._linear(self._rmsnorm(x, self.norm), self.lm_head)
@@ -216,14 +241,11 @@ class Model:
         heads, n_dim = c.num_attention_heads, c.qk_nope_head_dim
 
         if w.q_proj is not None:
-            q = self._linear(x, w.q_proj)
+            q_input, q_weight = x, w.q_proj
         else:
             assert w.q_a_proj is not None and w.q_a_layernorm is not None and w.q_b_proj is not None
-            q = self._linear(x, w.q_a_proj)  # [T, Q]
-            q = self._linear(k.rmsnorm(q, w.q_a_layernorm, LATENT_NORM_EPS), w.q_b_proj)
-        q = q.reshape(tokens, heads, c.qk_head_dim)  # [T, H (N + P)] -> [T, H, N + P]
-        q_nope, q_pe = k.split(q, n_dim)  # [T, H, N], [T, H, P]
-        q_pe = k.rope(q_pe, cos, sin)
+            q_a = self._linear(x, w.q_a_proj)  # [T, Q]
+            q_input, q_weight = k.rmsnorm(q_a, w.q_a_layernorm, LATENT_NORM_EPS), w.q_b_proj
 
         kv_a = self._linear(x, w.kv_a_proj_with_mqa)
         c_kv, k_pe = k.split(kv_a, c.kv_lora_rank)  # [T, R], [T, P]: one key for all heads
@@ -233,13 +255,28 @@ class Model:
         k.store_rows_at(c_kv, all_c_kv, start)
         k.store_rows_at(k_pe, all_k_pe, start)
 
+        def queries(first: int, last: int) -> tuple[F32, F32]:
+            """q_nope [T, h, N] and q_pe [T, h, P] of h heads first .. last-1."""
+            rows = rows_of(q_weight, first * c.qk_head_dim, last * c.qk_head_dim)
+            q = self._linear(q_input, rows).reshape(tokens, last - first, c.qk_head_dim)
+            q_nope, q_pe = k.split(q, n_dim)
+            return q_nope, k.rope(q_pe, cos, sin)
+
         scale = c.softmax_scale
         if self._expanding_pays(tokens):
-            end = cache.length + tokens
-            kv = self._linear(all_c_kv[:end], w.kv_b_proj)
-            kv = kv.reshape(end, heads, n_dim + c.v_head_dim)  # [S, H (N + V)] -> [S, H, N + V]
-            o = k.mla_prefill(q_nope, q_pe, kv, all_k_pe[:end], start, scale, self.threads)
+            end, head_rows = cache.length + tokens, n_dim + c.v_head_dim
+            o = np.empty((tokens, heads, c.v_head_dim), dtype=np.float32)
+            for first in range(0, heads, HEADS_AT_ONCE):  # bounds the memory of keys and values
+                last = min(first + HEADS_AT_ONCE, heads)
+                q_nope, q_pe = queries(first, last)
+                rows = rows_of(w.kv_b_proj, first * head_rows, last * head_rows)
+                kv = self._linear(all_c_kv[:end], rows)  # [S, h (N + V)]
+                kv = kv.reshape(end, last - first, head_rows)
+                o[:, first:last] = k.mla_prefill(
+                    q_nope, q_pe, kv, all_k_pe[:end], start, scale, self.threads
+                )
         else:
+            q_nope, q_pe = queries(0, heads)
             q_latent = k.absorb_q(q_nope, w.kv_b_proj, self.threads)  # [T, H, R]
             o_latent = k.mla_decode(
                 q_latent, q_pe, all_c_kv, all_k_pe, start, scale, self.threads
@@ -278,6 +315,9 @@ class Model:
 
     def _mlp(self, w: MLPWeights, x: F32) -> F32:
         """SwiGLU: down(silu(gate x) * up x); [T, D] -> [T, D]."""
+        if len(x) > MLP_TOKENS:  # bounds the memory of the intermediate [T, I]
+            parts = [self._mlp(w, x[t : t + MLP_TOKENS]) for t in range(0, len(x), MLP_TOKENS)]
+            return np.concatenate(parts)
         h = self.kernels.silu_mul(self._linear(x, w.gate_proj), self._linear(x, w.up_proj))
         return self._linear(h, w.down_proj)
 

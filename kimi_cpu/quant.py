@@ -171,6 +171,18 @@ def unpack_int4(packed: U8) -> npt.NDArray[np.int8]:
     return q
 
 
+def rows_of(weight: Weight, start: int, stop: int) -> Weight:
+    """Rows start .. stop-1 (out_features) as a view; for a packed weight both multiples of 16."""
+    if isinstance(weight, Int4Weight):
+        return Int4Weight(weight.packed[start:stop], weight.scale[start:stop])
+    if isinstance(weight, PackedWeight):
+        if start % BLOCK_ROWS or (stop % BLOCK_ROWS and stop != weight.shape[0]):
+            raise ValueError(f"rows {start} .. {stop} cut a block of {BLOCK_ROWS}")
+        blocks = weight.blocks[start // BLOCK_ROWS : -(-stop // BLOCK_ROWS)]
+        return PackedWeight(blocks, (stop - start, weight.shape[1]), weight.bits)
+    return weight[start:stop]
+
+
 def pack(weight: Int4Weight | Int8Weight) -> PackedWeight:
     """The same numbers in the packed layout; exact, `unpack` gives them back."""
     (rows, columns), bits = weight.shape, 4 if isinstance(weight, Int4Weight) else 8

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from kimi_cpu.engine import PREFILL_CHUNK, Engine
+from kimi_cpu import engine as engine_module
+from kimi_cpu.engine import Engine
 from kimi_cpu.errors import CheckpointError, ContextError, UsageError
 from kimi_cpu.quant import dequantize, f32_to_bf16
 from tests.tiny import tiny_checkpoint
@@ -52,7 +53,7 @@ def test_sync_computes_only_what_is_new(engine: Engine) -> None:
     session.sync(prompt)
     computed: list[tuple[int, int]] = []
     session.sync([*prompt[:15], *prompt[:3]], lambda done, all_: computed.append((done, all_)))
-    assert computed == [(3, 3)]
+    assert computed[-1] == (3, 3) and len(computed) == engine.config.num_hidden_layers
     assert session.tokens == (*prompt[:15], *prompt[:3])
     again: list[tuple[int, int]] = []
     session.sync(session.tokens, lambda done, all_: again.append((done, all_)))
@@ -104,11 +105,20 @@ def test_snapshot_is_independent(engine: Engine) -> None:
     np.testing.assert_array_equal(other.step(5), after)
 
 
-def test_long_prompts_come_in_chunks_and_the_context_is_respected(engine: Engine) -> None:
+def test_long_prompts_come_in_sweeps_and_the_context_is_respected(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session, prompt = engine.session(), ids(engine, CONTEXT)
+    whole = engine.session().sync(prompt)
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 512)
     steps: list[tuple[int, int]] = []
-    session.sync(prompt, lambda done, all_: steps.append((done, all_)))
-    assert steps == [(PREFILL_CHUNK, CONTEXT), (CONTEXT, CONTEXT)]
+    logits = session.sync(prompt, lambda done, all_: steps.append((done, all_)))
+    layers = engine.config.num_hidden_layers
+    shares = [(512 * done // layers, CONTEXT) for done in range(1, layers + 1)]
+    rest = CONTEXT - 512
+    shares += [(512 + rest * done // layers, CONTEXT) for done in range(1, layers + 1)]
+    assert steps == shares
+    assert close(logits, whole)
     assert session.remaining == 0
     with pytest.raises(ContextError, match="600"):
         session.step(0)
@@ -117,15 +127,33 @@ def test_long_prompts_come_in_chunks_and_the_context_is_respected(engine: Engine
     assert session.tokens == tuple(prompt)
 
 
-def test_interrupted_prefill_keeps_what_is_complete(engine: Engine) -> None:
+def test_a_prompt_chooses_each_expert_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    moe = engine._model.kernels.moe
+
+    def counted(x: np.ndarray, *args: object) -> np.ndarray:
+        calls.append(len(x))
+        return moe(x, *args)
+
+    monkeypatch.setattr(engine._model.kernels, "moe", counted)
+    engine.session().sync(ids(engine, CONTEXT))
+    dense = sum(engine.config.is_dense_layer(i) for i in range(engine.config.num_hidden_layers))
+    assert calls == [CONTEXT] * (engine.config.num_hidden_layers - dense)
+
+
+def test_interrupted_prefill_keeps_what_is_complete(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNK", 512)
     session, prompt = engine.session(), ids(engine, CONTEXT)
 
     def stop(done: int, all_: int) -> None:
-        raise KeyboardInterrupt
+        if done > 512:
+            raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         session.sync(prompt, stop)
-    assert session.tokens == tuple(prompt[:PREFILL_CHUNK])
+    assert session.tokens == tuple(prompt[:512])
     assert close(session.sync(prompt), engine.session().sync(prompt))
 
 

@@ -257,14 +257,14 @@ class _Reply:
         prompt_s = first_s = 0.0
         reason: FinishReason | None = None
 
-        def between_chunks(done: int, total: int) -> None:
+        def between_layers(done: int, total: int) -> None:
             if progress is not None:
                 progress(done, total)
             if self._cancelled() and done < total:
                 raise _Cancelled
 
         try:
-            logits = self._session.sync(prompt, between_chunks)
+            logits = self._session.sync(prompt, between_layers)
             sampler.ban(*range(self._tokenizer.n_vocab, logits.size))
         except _Cancelled:
             reason = "cancelled"

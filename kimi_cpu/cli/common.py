@@ -277,7 +277,7 @@ def reply_events(
     started = time.perf_counter()
 
     def progress(done: int, total: int) -> None:
-        if done < total:
+        if 0 < done < total:
             left = (time.perf_counter() - started) / done * (total - done)
             status.show(f"reading {done:,} of {total:,} tokens ... {left:.0f} s left")
 
