@@ -356,11 +356,13 @@ def _verify_and_release(
     """Compare what was made from shards with them, once more from the disk, and let them go."""
     paths = [shard.path for shard in plan.layout.source.shards]
     there = {number for number in released if paths[number].exists()}
-    # A piece of several shards was verified before the first of them was deleted.
+    # A piece of several shards was verified before the first of them was deleted. Headers, made
+    # from none, are looked at each time: they are few.
     pieces = [
         piece
         for piece in plan.layout.pieces
-        if there & set(piece.shards) and all(paths[number].exists() for number in piece.shards)
+        if (not piece.shards or there & set(piece.shards))
+        and all(paths[number].exists() for number in piece.shards)
     ]
     for piece, equal, found in workers.check(pieces):
         on_bytes(piece.length)
