@@ -150,7 +150,8 @@ def command(
                 show(report.as_csv(records[-1], header=len(records) == 1))
             elif output == "jsonl":
                 show(report.as_jsonl(records[-1]))
-    isa.mark_cached()
+    if any(t.n_prompt for t in tests) and any(t.n_gen for t in tests):
+        isa.mark_cached()
     if output == "json":
         click.echo(report.as_json(records))
     elif output == "md":

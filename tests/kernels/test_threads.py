@@ -1,4 +1,4 @@
-"""The worker pool, several sessions at once, and the compiled code's variants."""
+"""The worker pool, several sessions at once, and where compiled code is kept."""
 
 from __future__ import annotations
 
@@ -163,29 +163,9 @@ def run_python(code, **env):
     )  # fmt: skip
 
 
-def test_an_unknown_variant_is_refused():
-    result = run_python("from kimi_cpu.kernels import fast", KIMI_CPU_ISA="avx1024")
-    assert "UsageError" in result.stderr and "avx1024" in result.stderr
-
-
 def test_reference_needs_no_numba():
     code = "import sys; from kimi_cpu.kernels import reference; sys.exit('numba' in sys.modules)"
     assert run_python(code).returncode == 0
-
-
-@pytest.mark.skipif("KIMI_CPU_ISA" in os.environ, reason="already a forced variant")
-@pytest.mark.parametrize("variant", [v for v in isa.VARIANTS if v != isa.VARIANT])
-def test_other_variants(variant):
-    """The kernel tests pass with each variant that this machine can run."""
-    if isa.VARIANTS.index(variant) < isa.VARIANTS.index(isa.VARIANT):
-        pytest.skip(f"this machine cannot run {variant}")
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-q", *[f"tests/kernels/test_{name}.py" for name in
-                                                       ("linear", "moe", "attention")]],
-        capture_output=True, text=True, cwd=ROOT, env={**os.environ, "KIMI_CPU_ISA": variant},
-        timeout=600, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-1000:]
 
 
 def test_a_home_that_cannot_be_written(tmp_path):
