@@ -132,7 +132,7 @@ def _possible(features: str) -> list[str]:
 
 def _host_features() -> str:
     """What this machine has, in LLVM's words."""
-    features = str(get_host_cpu_features())
+    features = str(get_host_cpu_features())  # type: ignore[no-untyped-call]
     if _machine() == "aarch64" and _has_dotprod():
         features = f"{features},+dotprod".lstrip(",")
     return features

@@ -44,7 +44,7 @@ _DOT = {
     "avx512vnni": ("llvm.x86.avx512.vpdpbusd.512", 16, LLVM_MAJOR >= 22),
     "avxvnni": ("llvm.x86.avx512.vpdpbusd.256", 8, LLVM_MAJOR >= 22),
     "neon": ("llvm.aarch64.neon.sdot.v4i32.v16i8", 4, True),
-}.get(VARIANT, ())
+}.get(VARIANT)
 # Sizes of elements that the machine loads and stores under a mask; LLVM would take other vectors
 # apart, lane by lane.
 _MASKED_BITS = {"avx512vnni": (16, 32), "avxvnni": (32,), "avx2": (32,)}.get(VARIANT, ())
@@ -367,6 +367,7 @@ class Emit:
 
     def _dot(self, total: Any, a: Any, b: Any) -> Any:
         """The machine's own instruction: total + four products of bytes a lane."""
+        assert _DOT
         name, lanes, as_bytes = _DOT
 
         def one(total: Any, a: Any, b: Any) -> Any:
@@ -429,6 +430,27 @@ def store_f32(typingctx: Any, addr: Any, value: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64, types.float32), codegen
+
+
+@intrinsic
+def load_f64(typingctx: Any, addr: Any) -> Any:
+    """float64 at an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return Emit(builder).load(ir.DoubleType(), args[0])
+
+    return types.float64(types.int64), codegen
+
+
+@intrinsic
+def store_f64(typingctx: Any, addr: Any, value: Any) -> Any:
+    """Write a float64 to an address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        Emit(builder).store(args[1], args[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float64), codegen
 
 
 @intrinsic
