@@ -92,6 +92,7 @@ def spec_of(
     repetitions: int, seed: int,
 ) -> dict[str, Any]:  # fmt: skip
     """What `bench.peers` is told."""
+    yarn = config.rope_scaling
     return {
         "engine": engine,
         "path": str(path),
@@ -112,6 +113,9 @@ def spec_of(
             "deepseek2.attention.key_length": config.qk_head_dim,
             "deepseek2.attention.value_length": config.v_head_dim,
         },
+        "yarn": {"yarn_beta_fast": yarn.beta_fast, "yarn_beta_slow": yarn.beta_slow}
+        if yarn
+        else {},
     }
 
 

@@ -62,6 +62,7 @@ class Llama:
         context = llama_cpp.llama_context_default_params()
         context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, N_BATCH, N_UBATCH
         context.n_threads = context.n_threads_batch = threads
+        _set_yarn(context, spec)
         self._context = _loaded(llama_cpp.llama_init_from_model(self._model, context), path)
         self.system = llama_cpp.llama_print_system_info().decode()
         self.build = _ggml_build()
@@ -121,6 +122,7 @@ class IkLlama(Llama):
         context.n_ctx, context.n_batch, context.n_ubatch = n_ctx, N_BATCH, N_UBATCH
         context.n_threads = context.n_threads_batch = threads
         context.mla_attn, context.flash_attn, context.fused_moe_up_gate = 3, True, True
+        _set_yarn(context, spec)
         self._context = _loaded(api.llama_init_from_model(self._model, context), path)
         info = api._lib.llama_print_system_info
         info.restype = ctypes.c_char_p
@@ -143,6 +145,12 @@ class IkLlama(Llama):
     def cut(self, length: int) -> None:
         self._remove(self._context, 0, length, -1)
         self._length = length
+
+
+def _set_yarn(context: Any, spec: dict[str, Any]) -> None:
+    """Both ignore the file's YaRN betas for deepseek2; K2's are not their defaults."""
+    for name, value in spec["yarn"].items():
+        setattr(context, name, value)
 
 
 def _ggml_build() -> str:
@@ -180,7 +188,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Every test of the spec: a warm-up pass over its own tokens, then the repetitions.
 
     `spec`: engine, path, threads, repetitions, ids, tests (name, n_prompt, n_gen, n_depth each),
-    mha_shape (GGUF keys that describe the attention as multi-head, for ik_llama.cpp).
+    mha_shape (GGUF keys that describe the attention as multi-head, for ik_llama.cpp), yarn (context
+    parameters).
     Returns engine, version, system, settings, seconds (test name -> list) and logits (the last
     token's of each test).
     """

@@ -130,6 +130,11 @@ def test_spec_is_what_the_peer_needs(tiny, tmp_path):
     assert len(spec["ids"]) == 10 and max(spec["ids"]) < config.vocab_size
     assert spec["tests"][1] == {"name": "tg4 @ d6", "n_prompt": 0, "n_gen": 4, "n_depth": 6}
     assert spec["mha_shape"]["deepseek2.attention.key_length"] == config.qk_head_dim
+    yarn = config.rope_scaling
+    assert yarn and spec["yarn"] == {
+        "yarn_beta_fast": yarn.beta_fast,
+        "yarn_beta_slow": yarn.beta_slow,
+    }
 
 
 def test_the_trunk_of_a_model(tiny):
