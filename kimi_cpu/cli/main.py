@@ -23,6 +23,7 @@ VERBS = {
     "chat": ("kimi_cpu.cli.chat", "Talk with a model; conversations are kept."),
     "run": ("kimi_cpu.cli.run", "Answer one prompt and exit."),
     "inspect": ("kimi_cpu.cli.inspect", "Show what a model folder holds and needs."),
+    "pull": ("kimi_cpu.cli.pull", "Download a checkpoint from a hub."),
     "repack": ("kimi_cpu.cli.repack", "Convert a checkpoint to the kernels' own format."),
     "bench": ("kimi_cpu.cli.bench", "Measure tokens a second beside what memory allows."),
 }

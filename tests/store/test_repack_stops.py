@@ -79,7 +79,7 @@ def test_other_options_or_source_are_refused(source: Path, tmp_path: Path) -> No
         assert str(partial) in error.message
     other = tiny_checkpoint(tmp_path / "other", seed=9, vocab_size=200)
     fails(UsageError, "another source", lambda: plan_repack(other, tmp_path / "a"))
-    (partial / ".repack" / "state.json").write_text("{", "utf-8")
+    (partial / ".unfinished" / "state.json").write_text("{", "utf-8")
     fails(UserError, "not valid JSON", lambda: plan_repack(source, tmp_path / "a"))
 
 
@@ -98,7 +98,7 @@ def test_a_torn_journal_and_lost_files(
     with pytest.raises(KeyboardInterrupt):
         repack(plan_repack(source, target, OPTIONS), on_bytes=stop)
     partial = tmp_path / "packed.partial"
-    journal = partial / ".repack" / "journal"
+    journal = partial / ".unfinished" / "journal"
     whole = len(plan_repack(source, target, OPTIONS).progress.done)
     journal.write_bytes(journal.read_bytes()[:-9])
     plan = plan_repack(source, target, OPTIONS)
@@ -253,7 +253,7 @@ class Recorder(LocalShards):
 
 def file_bytes(folder: Path) -> int:
     paths = [*folder.rglob("*.safetensors"), *folder.rglob("*.kcpu")]
-    return sum(p.stat().st_size for p in paths if ".repack" not in p.parts)
+    return sum(p.stat().st_size for p in paths if ".unfinished" not in p.parts)
 
 
 def test_shards_are_deleted_one_by_one(

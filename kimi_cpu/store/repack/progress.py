@@ -1,9 +1,9 @@
 """What is done of a repacking: kept beside the result, so that a killed one can go on.
 
-The folder `.repack` in the unfinished result holds `state.json` (source and options), the headers
-of the source's shards (which may be deleted as they are repacked), and `journal`, one line for
-each piece whose bytes are safely on the disk. A line cut off by a crash is ignored, and its piece
-written again.
+The folder `.unfinished` in the unfinished result holds `state.json` (source and options), the
+headers of the source's shards (which may be deleted as they are repacked), and `journal`, one line
+for each piece whose bytes are safely on the disk. A line cut off by a crash is ignored, and its
+piece written again. When the source comes from a hub, `hub.json` says from where.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,7 +21,8 @@ from kimi_cpu.store.repack.convert import Deviation
 from kimi_cpu.store.repack.plan import Piece
 from kimi_cpu.store.repack.source import Header
 
-WORK_NAME = ".repack"
+#: In the unfinished folder, for as long as it is unfinished.
+WORK_NAME = ".unfinished"
 _STATE, _JOURNAL, _HEADERS, _LOCK = "state.json", "journal", "headers", "lock"
 _BEGIN_ANEW = "Delete that folder to begin anew, or give the same options and source as before."
 
@@ -89,6 +90,7 @@ class Progress:
 
     Attributes:
         folder: the unfinished result.
+        work: its folder of what is only needed until it is finished.
         done: pieces on the disk, by (file, offset).
     """
 
@@ -97,30 +99,40 @@ class Progress:
 
         Raises UsageError if it cannot be made, because something else is there.
         """
-        # Killed between getting its name and getting rid of `.repack`, it is as good as unfinished.
+        # Killed between getting its name and getting rid of `.unfinished`: still unfinished.
         named = (target / WORK_NAME / _STATE).exists()
         self.folder = target if named else target.with_name(target.name + ".partial")
         self.done: dict[tuple[str, int], Done] = {}
         self._target = target
-        self._work = self.folder / WORK_NAME
+        self.work = self.folder / WORK_NAME
         self._journal: BinaryIO | None = None
         self._lock: Lock | None = None
         if not named:
             _check_free(target)
-        if self.folder.exists() and not self._work.is_dir():
+        if self.folder.exists() and not self.work.is_dir():
             raise UsageError(
-                f"{self.folder}: is in the way and was not made by `kimi-cpu repack`",
+                f"{self.folder}: is in the way and was not made by kimi-cpu",
                 "Move it away, or give another destination.",
             )
 
     @property
+    def pin(self) -> Path:
+        """The file that says which repository and commit a download is of."""
+        return self.work / "hub.json"
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it was begun from a source on the disk."""
+        return (self.work / _STATE).exists() and not self.pin.exists()
+
+    @property
     def source_folder(self) -> Path:
         """Where a source that is only passing through is kept."""
-        return self._work / "source"
+        return self.work / "source"
 
     def header(self, name: str) -> Header | None:
         """The header of a shard as it was when repacking began, if that was saved."""
-        path = self._work / _HEADERS / name
+        path = self.work / _HEADERS / name
         if not path.is_file():
             return None
         data = path.read_bytes()
@@ -135,7 +147,7 @@ class Progress:
 
         Raises UsageError if what was done before had another state.
         """
-        path = self._work / _STATE
+        path = self.work / _STATE
         if not path.exists():
             return
         found = load_json_object(path, UserError, _BEGIN_ANEW)
@@ -146,7 +158,7 @@ class Progress:
                 )
         lengths = {(piece.file, piece.offset): piece.length for piece in pieces}
         sizes: dict[str, int] = {}
-        for done in _lines(self._work / _JOURNAL)[0]:
+        for done in _read_journal(self.work / _JOURNAL):
             file = self.folder / done.file
             if done.file not in sizes:
                 sizes[done.file] = file.stat().st_size if file.is_file() else 0
@@ -156,27 +168,23 @@ class Progress:
 
     def begin(self, state: Mapping[str, Any], headers: Mapping[str, Header]) -> None:
         """Make the folder and lock it, or go on in it. OSError, UserError."""
-        (self._work / _HEADERS).mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self._work / _LOCK)
-        if not (self._work / _STATE).exists():
+        (self.work / _HEADERS).mkdir(parents=True, exist_ok=True)
+        self._lock = Lock(self.work / _LOCK)
+        if not (self.work / _STATE).exists():
             for name, header in headers.items():
                 data = header.n_bytes.to_bytes(8, "little") + header.encoded
-                write_atomically(self._work / _HEADERS / name, data)
-            write_atomically(self._work / _STATE, json.dumps(state).encode())
-        path = self._work / _JOURNAL
-        path.touch()
-        sync_folder(self._work)
-        _, whole_bytes = _lines(path)
-        self._journal = path.open("r+b")
-        self._journal.truncate(whole_bytes)  # a line that a crash cut off
-        self._journal.seek(whole_bytes)
+                write_atomically(self.work / _HEADERS / name, data)
+            write_atomically(self.work / _STATE, json.dumps(state).encode())
+        # Only what `load` accepted: later runs must not take a piece of a lost file for done.
+        path = self.work / _JOURNAL
+        write_atomically(path, b"".join(map(_line, self.done.values())))
+        self._journal = path.open("ab")
 
     def record(self, pieces: Iterable[Done]) -> None:
         """Write down pieces that are safely on the disk. OSError."""
         assert self._journal is not None
         pieces = list(pieces)
-        for piece in pieces:
-            self._journal.write(json.dumps(piece).encode() + b"\n")
+        self._journal.write(b"".join(map(_line, pieces)))
         self._journal.flush()
         os.fsync(self._journal.fileno())
         self.done.update({(piece.file, piece.offset): piece for piece in pieces})
@@ -189,7 +197,7 @@ class Progress:
             self._lock.release()
 
     def publish(self) -> None:
-        """Give the complete folder its name, then get rid of `.repack`. OSError."""
+        """Give the complete folder its name, then get rid of `.unfinished`. OSError."""
         self.close()
         if self.folder != self._target:
             if self._target.is_dir():
@@ -197,7 +205,7 @@ class Progress:
             self.folder.rename(self._target)
             sync_folder(self._target.parent)
         work = self._target / WORK_NAME
-        (work / _STATE).unlink()  # from here on it is finished
+        (work / _STATE).unlink(missing_ok=True)  # from here on it is finished
         shutil.rmtree(work)
 
 
@@ -214,20 +222,21 @@ def _check_free(target: Path) -> None:
         raise UsageError(f"{target}: is there already", hint)
 
 
-def _lines(path: Path) -> tuple[list[Done], int]:
-    """The whole lines of a journal, and how many bytes they take."""
-    done: list[Done] = []
-    n_bytes = 0
-    if path.is_file():
-        with path.open("rb") as file:
-            for line in file:
-                try:
-                    name, offset, length, crc32, deviation = json.loads(line)
-                    done.append(Done(name, offset, length, crc32, Deviation(*deviation)))
-                except (ValueError, TypeError):
-                    break
-                if not line.endswith(b"\n"):
-                    done.pop()
-                    break
-                n_bytes += len(line)
-    return done, n_bytes
+def _line(piece: Done) -> bytes:
+    return json.dumps(piece).encode() + b"\n"
+
+
+def _read_journal(path: Path) -> Iterator[Done]:
+    """The whole lines of a journal."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        for line in file:
+            try:
+                name, offset, length, crc32, deviation = json.loads(line)
+                done = Done(name, offset, length, crc32, Deviation(*deviation))
+            except (ValueError, TypeError):
+                return
+            if not line.endswith(b"\n"):
+                return
+            yield done

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from kimi_cpu import hardware
 from kimi_cpu.config import ModelConfig
-from kimi_cpu.errors import CheckpointError, UserError
+from kimi_cpu.errors import CheckpointError, UsageError, UserError
 from kimi_cpu.store.checkpoint import INDEX_NAME, MANIFEST_NAME
 from kimi_cpu.store.manifest import (
     VERSION,
@@ -36,6 +36,9 @@ COMMIT_BYTES = 256 << 20
 
 #: Left free on the disk.
 SPARE_BYTES = 64 << 20
+
+#: What the system says when nothing more can be written.
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _COPIED_SUFFIXES = (".json", ".jinja", ".model", ".txt", ".md", ".py")
 _MAX_COPIED_BYTES = 100_000_000
@@ -90,6 +93,7 @@ class Plan:
         target: the folder to make.
         layout: what it will hold.
         copied: files taken over as they are.
+        n_bytes: size of the result, without its manifest.
         frees: whether source shards are freed on the way.
         done_bytes: of the weight files, already written by an earlier run.
         needed_bytes: what the disk must have free to complete it.
@@ -99,16 +103,12 @@ class Plan:
     target: Path
     layout: Layout
     copied: tuple[Path, ...]
+    n_bytes: int
     frees: bool
     done_bytes: int
     needed_bytes: int
     free_bytes: int
     progress: Progress
-
-    @property
-    def n_bytes(self) -> int:
-        """Size of the result."""
-        return self.layout.n_bytes + sum(path.stat().st_size for path in self.copied)
 
     @property
     def work_bytes(self) -> int:
@@ -156,6 +156,10 @@ def plan_repack(
     progress = Progress(target)
     config = ModelConfig.load(source_folder)
     if headers is None:
+        if progress.pin.exists():
+            raise UsageError(
+                f"{progress.folder}: was begun by `kimi-cpu pull`", "Give another destination."
+            )
         headers = {
             name: _header(source_folder / name, progress) for name in shard_names(source_folder)
         }
@@ -163,15 +167,15 @@ def plan_repack(
     progress.load(_state(layout), layout.pieces)
     done_bytes = sum(done.length for done in progress.done.values())
     copied = tuple(copied_files(source_folder))
+    copied_bytes = sum(path.stat().st_size for path in copied)
     return Plan(
         target=target,
         layout=layout,
         copied=copied,
+        n_bytes=layout.n_bytes + copied_bytes,
         frees=frees,
         done_bytes=done_bytes,
-        needed_bytes=_needed_bytes(layout, progress, frees)
-        + SPARE_BYTES
-        + sum(path.stat().st_size for path in copied),
+        needed_bytes=_needed_bytes(layout, progress, frees) + copied_bytes + SPARE_BYTES,
         free_bytes=free_bytes(target),
         progress=progress,
     )
@@ -188,12 +192,20 @@ def copied_files(folder: Path) -> list[Path]:
     return [
         path
         for path in sorted(folder.iterdir())
-        if path.is_file()
-        and not path.name.startswith(".")
-        and path.name not in (INDEX_NAME, MANIFEST_NAME)
-        and (path.suffix in _COPIED_SUFFIXES or path.name.upper().startswith("LICENSE"))
-        and path.stat().st_size <= _MAX_COPIED_BYTES
+        if path.is_file() and is_copied(path.name, path.stat().st_size)
     ]
+
+
+def is_copied(name: str, n_bytes: int) -> bool:
+    """Whether a file of a published checkpoint belongs beside its weights."""
+    path = Path(name)
+    return (
+        path.name == name
+        and not name.startswith(".")
+        and name not in (INDEX_NAME, MANIFEST_NAME)
+        and (path.suffix in _COPIED_SUFFIXES or name.upper().startswith("LICENSE"))
+        and n_bytes <= _MAX_COPIED_BYTES
+    )
 
 
 def repack(
@@ -247,7 +259,7 @@ def rounding(deviation: Deviation) -> Rounding:
 
 def disk_error(exc: OSError, folder: Path) -> UserError:
     """The error for the user when writing (or reading) fails."""
-    if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if exc.errno in DISK_FULL:
         return UserError(
             f"{folder}: no space left to write ({exc.strerror})", f"Free space. {_SAME_COMMAND}"
         )
@@ -275,17 +287,18 @@ def _state(layout: Layout) -> dict[str, Any]:
 
 def _needed_bytes(layout: Layout, progress: Progress, frees: bool) -> int:
     """How much more than now will be in use at the worst moment."""
-    last_use, shards = layout.last_use(), layout.source.shards
-    frees_after: dict[int, int] = {}
-    for shard, last in zip(shards, last_use, strict=True):
-        if frees and last >= 0 and shard.path.exists():
-            frees_after[last] = frees_after.get(last, 0) + shard.size
+    shards = layout.source.shards
+    there = {number for number, shard in enumerate(shards) if shard.path.exists()}
     used = peak = 0
-    for i, piece in enumerate(layout.pieces):
-        if (piece.file, piece.offset) not in progress.done:
-            used += piece.length
+    for stage in _stages(layout, frees):
+        todo = [p for p in stage.pieces if (p.file, p.offset) not in progress.done]
+        fetched = {number for piece in todo for number in piece.shards} - there
+        there |= fetched
+        used += sum(shards[number].size for number in fetched) + sum(p.length for p in todo)
         peak = max(peak, used)
-        used -= frees_after.get(i, 0)
+        freed = there & set(stage.released)
+        there -= freed
+        used -= sum(shards[number].size for number in freed)
     return peak
 
 
