@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from kimi_cpu import hardware
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import CheckpointError, UsageError, UserError
 from kimi_cpu.store.checkpoint import INDEX_NAME, MANIFEST_NAME
@@ -29,7 +28,7 @@ from kimi_cpu.store.repack.convert import EXACT, Deviation
 from kimi_cpu.store.repack.plan import Layout, Options, Piece, RowsJob
 from kimi_cpu.store.repack.progress import Done, Progress, sync_folder, write_atomically
 from kimi_cpu.store.repack.source import Header, Source, shard_names
-from kimi_cpu.store.repack.workers import Workers
+from kimi_cpu.store.repack.workers import Workers, default_threads
 
 #: Bytes written between two moments at which everything is made safe: so much is lost at most.
 COMMIT_BYTES = 256 << 20
@@ -235,7 +234,7 @@ def repack(
     progress = plan.progress
     try:
         progress.begin(_state(plan.layout), plan.layout.source.headers)
-        _write_pieces(plan, shards, threads or max(2, hardware.default_threads()), on_bytes)
+        _write_pieces(plan, shards, threads or default_threads(), on_bytes)
         manifest = _complete(plan)
         progress.publish()
     except OSError as exc:

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from kimi_cpu import hardware
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.store.checkpoint import MANIFEST_NAME, Checkpoint
@@ -20,7 +19,7 @@ from kimi_cpu.store.repack.plan import ExpertJob, Layout, Options, Piece, RowsJo
 from kimi_cpu.store.repack.progress import Done
 from kimi_cpu.store.repack.run import OnBytes, by_tensor, combined, rounding
 from kimi_cpu.store.repack.source import Header, Source, shard_names
-from kimi_cpu.store.repack.workers import Workers, in_threads
+from kimi_cpu.store.repack.workers import Workers, default_threads, in_threads
 
 _READ_BYTES = 16 << 20
 _DAMAGED = "Repack the checkpoint again; if it happens again, the disk or the memory is at fault."
@@ -77,7 +76,7 @@ def verify(
         CheckpointError: something does not hold; the message names the first place.
     """
     manifest = open_packed(folder)
-    threads = threads or max(2, hardware.default_threads())
+    threads = threads or default_threads()
     n_bytes, n_chunks = _check_copied(folder, manifest)
     if source_folder is None:
         for file, chunk, crc32 in _checksums(folder, manifest, threads):

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from kimi_cpu import hardware
 from kimi_cpu.store.repack.files import Files, Scratch, TensorReader
 from kimi_cpu.store.repack.make import check_piece, make_piece
 from kimi_cpu.store.repack.plan import Layout, Piece, worker_bytes
@@ -19,8 +20,16 @@ from kimi_cpu.store.repack.progress import Done
 #: Items that are waiting for a thread: enough to go on while the caller waits for the disk.
 _QUEUE = 64
 
+#: More threads than these only cost memory (50 MB each): the disk is busy.
+_MAX_THREADS = 8
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+
+
+def default_threads() -> int:
+    """Two more than cores, as some are waiting for the disk; at most 8."""
+    return min(hardware.default_threads() + 2, _MAX_THREADS)
 
 
 def in_threads(
