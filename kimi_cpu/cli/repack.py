@@ -54,9 +54,7 @@ ALIGNMENTS = {"4K": 4096, "64K": 65536}
     help="Delete each shard of SRC once what was made of it is verified: saves disk space.",
 )
 @click.option("--verify", "verifying", is_flag=True, help="Prove that DST is what SRC says.")
-@click.option(
-    "--threads", "-t", type=click.IntRange(1), metavar="N", help="Default: cores + 2."
-)
+@click.option("--threads", "-t", type=click.IntRange(1), metavar="N", help="Default: cores + 2.")
 def command(
     src: Path,
     dst: Path | None,
