@@ -35,18 +35,26 @@ def default_threads() -> int:
 def in_threads(
     pool: ThreadPoolExecutor, job: Callable[[Item], Result], items: Iterable[Item]
 ) -> Iterator[Result]:
-    """What `job` gives for each item, as it comes. An error ends it, with nothing left running."""
+    """What `job` gives for each item, as it comes.
+
+    An error ends it: what others complete meanwhile is still given, then the error is raised.
+    """
     queue = iter(items)
     running: set[Future[Result]] = set()
+    failed: Future[Result] | None = None
     try:
-        while True:
+        while failed is None:
             for item in islice(queue, _QUEUE - len(running)):
                 running.add(pool.submit(job, item))
             if not running:
                 return
             finished, running = wait(running, return_when=FIRST_COMPLETED)
-            for future in finished:
-                yield future.result()
+            failed = next((future for future in finished if future.exception()), None)
+            if failed is not None:
+                finished |= {future for future in running if not future.cancel()}
+                wait(finished)
+            yield from (future.result() for future in finished if not future.exception())
+        failed.result()
     finally:
         for future in running:
             future.cancel()
