@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from kimi_cpu import engine as engine_module
+from kimi_cpu import model as model_module
 from kimi_cpu.engine import Engine
 from kimi_cpu.errors import CheckpointError, ContextError, UsageError
 from kimi_cpu.quant import dequantize, f32_to_bf16
@@ -125,6 +126,19 @@ def test_long_prompts_come_in_sweeps_and_the_context_is_respected(
     with pytest.raises(ContextError, match="601"):
         session.sync([*prompt, 0])
     assert session.tokens == tuple(prompt)
+
+
+def test_parts_of_heads_and_tokens_change_nothing(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kimi's 64 heads and long prompts take several turns where tiny models take one."""
+    prompt = ids(engine, CONTEXT)
+    whole = engine.session().sync(prompt)
+    assert engine.config.num_attention_heads > 2
+    assert engine._model._expanding_pays(CONTEXT)
+    monkeypatch.setattr(model_module, "HEADS_AT_ONCE", 2)
+    monkeypatch.setattr(model_module, "MLP_TOKENS", 100)
+    assert close(engine.session().sync(prompt), whole)
 
 
 def test_a_prompt_chooses_each_expert_once(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
