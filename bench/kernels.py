@@ -25,7 +25,7 @@ from kimi_cpu import hardware
 from kimi_cpu.kernels import fast, isa
 from kimi_cpu.kernels.bandwidth import READERS, DramReader
 from kimi_cpu.kernels.common import ExpertTable
-from kimi_cpu.quant import Int4Weight, PackedWeight, Weight, packed_shape
+from kimi_cpu.quant import Int4Weight, PackedWeight, Weight, block_bytes, packed_shape
 
 HIDDEN, WIDTH, N_EXPERTS = 7168, 2048, 48
 #: Does something once, on all threads: amount a second.
@@ -68,9 +68,7 @@ class Bench:
     def _packed(noise: np.ndarray, bits: int, n: int) -> list[PackedWeight]:
         size = int(np.prod(packed_shape(WIDTH, HIDDEN, bits)))  # the same for both shapes
         memory = np.resize(noise, n * size)
-        memory.reshape(-1, packed_shape(16, 64, bits)[2])[:, 128 * bits :].view(np.uint16)[:] = (
-            _SCALE
-        )
+        memory.reshape(-1, block_bytes(bits))[:, 128 * bits :].view(np.uint16)[:] = _SCALE
         return [
             PackedWeight(part.reshape(packed_shape(*shape, bits)), shape, bits)
             for part, shape in zip(np.split(memory, n), (_SHAPES * N_EXPERTS)[:n], strict=True)

@@ -160,7 +160,7 @@ class Model:
         """Compute the tokens that follow those in `cache`, and append them to it.
 
         All tokens pass a layer before the next one begins, and in it all tokens of an expert
-        before the next expert: however long the prompt is, no weight is read twice.
+        before the next expert: however many there are, a routed expert is read once.
 
         Args:
             ids: int64 [T], T >= 1, each within the vocabulary.

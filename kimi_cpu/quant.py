@@ -12,7 +12,7 @@ beside what they scale.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -74,10 +74,15 @@ class Int8Weight:
 BLOCK_ROWS, BLOCK_COLUMNS = 16, 64
 
 
+def block_bytes(bits: int) -> int:
+    """Bytes of a block: its vectors and 32 bf16 scales; 576 or 1088."""
+    return BLOCK_ROWS * (BLOCK_COLUMNS * bits // 8 + 2 * 2)
+
+
 def packed_shape(out_features: int, in_features: int, bits: int) -> tuple[int, int, int]:
-    """Shape of `PackedWeight.blocks`: row blocks, column blocks, bytes of a block (576 or 1088)."""
+    """Shape of `PackedWeight.blocks`: row blocks, column blocks, bytes of a block."""
     rows, columns = -(-out_features // BLOCK_ROWS), -(-in_features // BLOCK_COLUMNS)
-    return rows, columns, BLOCK_ROWS * (BLOCK_COLUMNS * bits // 8 + 2 * 2)
+    return rows, columns, block_bytes(bits)
 
 
 @dataclass(frozen=True)
@@ -183,35 +188,48 @@ def rows_of(weight: Weight, start: int, stop: int) -> Weight:
     return weight[start:stop]
 
 
-def pack(weight: Int4Weight | Int8Weight) -> PackedWeight:
-    """The same numbers in the packed layout; exact, `unpack` gives them back."""
+def pack(weight: Int4Weight | Int8Weight, out: U8 | None = None) -> PackedWeight:
+    """The same numbers in the packed layout; exact, `unpack` gives them back.
+
+    Args:
+        out: uint8 of `packed_shape`, C-contiguous: where to write the blocks; new memory if None.
+    """
     (rows, columns), bits = weight.shape, 4 if isinstance(weight, Int4Weight) else 8
-    row_blocks, column_blocks, block_bytes = packed_shape(rows, columns, bits)
+    row_blocks, column_blocks, _ = shape = packed_shape(rows, columns, bits)
     values: U8
     if isinstance(weight, Int4Weight):
-        values, zero = weight.packed, 0x88
+        values, zero = np.ascontiguousarray(weight.packed), 0x88
     else:
-        groups = (weight.q.view(np.uint8) ^ 0x80).reshape(rows, -1, 16, 2)
-        even_odd = groups.swapaxes(2, 3)  # even columns of a group, then odd ones
-        values = np.ascontiguousarray(even_odd, dtype=np.uint8).reshape(rows, columns)
-        zero = 0x80
-    row_bytes = column_blocks * BLOCK_COLUMNS * bits // 8
-    padded = np.full((row_blocks * BLOCK_ROWS, row_bytes), zero, dtype=np.uint8)
-    padded[:rows, : values.shape[1]] = values
-    scale = np.zeros((row_blocks * BLOCK_ROWS, column_blocks * 2), dtype=np.uint16)
-    scale[:rows, : weight.scale.shape[1]] = weight.scale
-    blocks = np.empty((row_blocks, column_blocks, block_bytes), dtype=np.uint8)
-    vectors, scales = blocks[:, :, : 128 * bits], blocks[:, :, 128 * bits :]
-    # [row block, row, column block, vector, byte] -> [row block, column block, vector, row, byte]
-    cells = padded.reshape(row_blocks, BLOCK_ROWS, column_blocks, 2 * bits, 4)
-    vectors.reshape(row_blocks, column_blocks, 2 * bits, BLOCK_ROWS, 4)[:] = cells.transpose(
-        0, 2, 3, 1, 4
-    )
-    scale_cells = scale.view(np.uint8).reshape(row_blocks, BLOCK_ROWS, column_blocks, 2, 2)
-    scales.reshape(row_blocks, column_blocks, 2, BLOCK_ROWS, 2)[:] = scale_cells.transpose(
-        0, 2, 3, 1, 4
-    )
+        pairs = (weight.q.view(np.uint8) ^ np.uint8(0x80)).reshape(rows, -1, 16, 2)
+        even_odd = np.empty((rows, columns // GROUP_SIZE, 2, 16), dtype=np.uint8)
+        even_odd[:, :, 0], even_odd[:, :, 1] = pairs[..., 0], pairs[..., 1]
+        values, zero = even_odd.reshape(rows, columns), 0x80
+    scale = weight.scale
+    if rows % BLOCK_ROWS or columns % BLOCK_COLUMNS:
+        padded = row_blocks * BLOCK_ROWS
+        values = _padded(values, (padded, column_blocks * BLOCK_COLUMNS * bits // 8), zero)
+        scale = _padded(scale, (padded, column_blocks * 2), 0)
+    blocks = np.empty(shape, dtype=np.uint8) if out is None else out
+    # The 16 rows x 4 bytes of a vector are 16 words of 32 bits, which NumPy transposes at several
+    # GB/s as long as it is a row of blocks at a time, which stays in the caches.
+    vectors = 2 * bits
+    words = values.view(np.uint32).reshape(row_blocks, BLOCK_ROWS, column_blocks, vectors)
+    word_target = blocks.view(np.uint32)[:, :, : vectors * BLOCK_ROWS]
+    scales = scale.reshape(row_blocks, BLOCK_ROWS, column_blocks, 2)
+    scale_target = blocks.view(np.uint16)[:, :, -2 * BLOCK_ROWS :]
+    for i in range(row_blocks):
+        # [row, column block, vector] -> [column block, vector, row]
+        word_target[i].reshape(column_blocks, vectors, BLOCK_ROWS)[:] = words[i].transpose(1, 2, 0)
+        scale_cells = scale_target[i].reshape(column_blocks, 2, BLOCK_ROWS)
+        np.copyto(scale_cells, scales[i].transpose(1, 2, 0))
     return PackedWeight(blocks, weight.shape, bits)
+
+
+def _padded(array: npt.NDArray[np.generic], shape: tuple[int, int], value: int) -> npt.NDArray[Any]:
+    """`array` with rows and columns of `value` behind its own."""
+    out = np.full(shape, value, dtype=array.dtype)
+    out[: array.shape[0], : array.shape[1]] = array
+    return out
 
 
 def unpack(weight: PackedWeight) -> Int4Weight | Int8Weight:

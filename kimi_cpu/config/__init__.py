@@ -121,6 +121,11 @@ class ModelConfig:
         """True if layer `layer` (from 0) has one dense MLP instead of experts."""
         return layer < self.first_k_dense_replace or layer % self.moe_layer_freq != 0
 
+    @property
+    def moe_layers(self) -> list[int]:
+        """The layers that have routed experts, in order."""
+        return [i for i in range(self.num_hidden_layers) if not self.is_dense_layer(i)]
+
     def inv_freq(self) -> npt.NDArray[np.float64]:
         """Rotary frequencies in radians per position, float64 [qk_rope_head_dim / 2]."""
         dim = self.qk_rope_head_dim

@@ -392,23 +392,6 @@ def pack_rows_bf16(
     return types.void(kind, *[types.int64] * 7), codegen
 
 
-def _transpose(e: Emit, rows: list[Any]) -> list[Any]:
-    """16 vectors of 16 lanes: lane j of vector i becomes lane i of vector j."""
-    half = LANES // 2
-    while half:
-        low = [x for i in range(0, LANES, 2 * half) for x in (*range(i, i + half),
-               *range(LANES + i, LANES + i + half))]  # fmt: skip
-        high = [x + half for x in low]
-        new = list(rows)
-        for i in range(LANES):
-            if not i & half:
-                new[i] = e.shuffle(rows[i], rows[i + half], low)
-                new[i + half] = e.shuffle(rows[i], rows[i + half], high)
-        rows = new
-        half //= 2
-    return rows
-
-
 @literal_intrinsic
 def pack_queries(
     typingctx: Any, form: Any, q: Any, stride: Any, n: Any, n_columns: Any, scale: Any, out: Any
@@ -445,7 +428,7 @@ def pack_queries(
                     rows.append(b.bitcast(_to_bf16(e, parts[0], parts[1]), F32x16))
             at = e.mul(b.sdiv(column, e.i64(vectors)), _ROW_BYTES)
             at = e.add(e.add(out, at), e.mul(v, 64))
-            for i, row in enumerate(_transpose(e, rows)):
+            for i, row in enumerate(e.transpose(rows)):
                 e.store(row, at, i * _ROW_BYTES)
         return context.get_dummy_value()
 

@@ -22,9 +22,8 @@ from numba.core import types
 
 from kimi_cpu.kernels.common import KIND_PACKED4, KIND_PACKED8
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, PACK_SCALES, PACK_SUMS
-from kimi_cpu.kernels.int8 import dot_s8, start_sums
 from kimi_cpu.kernels.isa import VARIANT, jit
-from kimi_cpu.kernels.packed import block_bytes, load_int8
+from kimi_cpu.kernels.packed import load_int8, start_sums
 from kimi_cpu.kernels.simd import (
     FLOAT,
     I8,
@@ -40,7 +39,7 @@ from kimi_cpu.kernels.simd import (
     literal_intrinsic,
     vec,
 )
-from kimi_cpu.quant import BLOCK_COLUMNS
+from kimi_cpu.quant import BLOCK_COLUMNS, block_bytes
 
 #: Row vectors and tokens of a tile; the int32 and the float32 sums must fit the registers.
 TILE_VECTORS, TILE_TOKENS = {"avx512vnni": (2, 4), "avxvnni": (1, 4)}.get(VARIANT, (1, 2))
@@ -206,8 +205,8 @@ def gemm_tile(
                     even, odd = evens[c][j], odds[c][j]
                     for v in range(TILE_VECTORS):
                         if int8:
-                            total[v][c] = dot_s8(e, total[v][c], low[v], even)
-                            total[v][c] = dot_s8(e, total[v][c], high[v], odd)
+                            total[v][c] = e.dot_s8(total[v][c], low[v], even)
+                            total[v][c] = e.dot_s8(total[v][c], high[v], odd)
                         else:
                             total[v][c] = e.dot_u4_s8(total[v][c], low[v], even, high[v], odd)
             scales = [e.load(F32x16, at, 512) for at in weights]

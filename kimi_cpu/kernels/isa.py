@@ -34,6 +34,7 @@ from numba.core import config
 from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 
+from kimi_cpu import hardware
 from kimi_cpu.errors import UsageError
 
 _KEEP_SECONDS = 30 * 24 * 3600
@@ -195,14 +196,6 @@ def write_code_for(variant: str) -> None:
     IS_X86 = VARIANTS[variant].machine == "x86_64"
 
 
-def _user_cache_dir() -> Path:
-    if sys.platform == "win32":
-        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
-    if sys.platform == "darwin":
-        return Path.home() / "Library" / "Caches"
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-
-
 #: A file in the cache: compiling came to its end. Single kernels say nothing, it may be broken off.
 _COMPLETE = "complete"
 
@@ -246,7 +239,7 @@ def _cache_folder() -> Path:
         name += "-boundscheck"
     user = os.getuid() if hasattr(os, "getuid") else "user"
     candidates: list[Callable[[], Path]] = [
-        lambda: _user_cache_dir() / "kimi-cpu" / "kernels" / name,
+        lambda: hardware.user_cache_folder() / "kernels" / name,
         lambda: Path(tempfile.gettempdir()) / f"kimi-cpu-{user}" / "kernels" / name,
     ]
     for candidate in candidates:

@@ -17,7 +17,6 @@ from typing import Any
 from numba.core import types
 
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_SCALES, PACK_SUMS
-from kimi_cpu.kernels.int8 import bias_weights, dot_s8, start_sums
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.simd import (
     FLOAT,
@@ -25,6 +24,7 @@ from kimi_cpu.kernels.simd import (
     I16,
     I32,
     I64,
+    UNSIGNED_DOT,
     Emit,
     F32x16,
     I32x16,
@@ -32,7 +32,7 @@ from kimi_cpu.kernels.simd import (
     literal_intrinsic,
     vec,
 )
-from kimi_cpu.quant import BLOCK_COLUMNS, BLOCK_ROWS
+from kimi_cpu.quant import BLOCK_COLUMNS, BLOCK_ROWS, block_bytes
 
 #: Row blocks read side by side: more hide the memory's latency, fewer do not crowd the L1 cache.
 STREAMS = 4
@@ -43,11 +43,6 @@ PREFETCH_BYTES = 768
 _BYTES = vec(I8, 64)
 
 
-def block_bytes(bits: int) -> int:
-    """Bytes of 16 rows and 64 columns: the vectors, then 32 bf16 scales."""
-    return 128 * bits + 64
-
-
 def _raw_dot(e: Emit, bits: int, total: Any, at: Any, even: list[Any], odd: list[Any]) -> Any:
     """total + the integer dot products of a group of 32 columns with 4 dwords even and odd each."""
     for j in range(4):
@@ -56,16 +51,23 @@ def _raw_dot(e: Emit, bits: int, total: Any, at: Any, even: list[Any], odd: list
             low, high = e.b.and_(raw, const(_BYTES, 15)), e.b.lshr(raw, const(_BYTES, 4))
             total = e.dot_u4_s8(total, low, even[j], high, odd[j])
         else:
-            total = dot_s8(e, total, load_int8(e, at, 64 * j), even[j])
-            total = dot_s8(e, total, load_int8(e, at, 64 * j + 256), odd[j])
+            total = e.dot_s8(total, load_int8(e, at, 64 * j), even[j])
+            total = e.dot_s8(total, load_int8(e, at, 64 * j + 256), odd[j])
     return total
 
 
 def load_int8(e: Emit, at: Any, offset: int) -> Any:
-    """A vector of stored bytes q + 128 as `dot_s8` takes its weights."""
-    stored = e.load(I32x16, at, offset)
-    signed = e.b.xor(e.b.bitcast(stored, _BYTES), const(_BYTES, -128))
-    return bias_weights(e, e.b.bitcast(signed, I32x16))
+    """A vector of stored bytes q + 128 as `Emit.dot_s8` takes its weights, <64 x i8>."""
+    stored = e.load(_BYTES, at, offset)
+    return stored if UNSIGNED_DOT else e.b.xor(stored, const(_BYTES, -128))
+
+
+def start_sums(e: Emit, sums: Any) -> Any:
+    """What dot products with int8 weights start at, from the activations' -8 sum(x).
+
+    Where the weights stay q + 128 that is -128 sum(x).
+    """
+    return e.b.shl(sums, const(sums.type, 4)) if UNSIGNED_DOT else const(sums.type, 0)
 
 
 @literal_intrinsic

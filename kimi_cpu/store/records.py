@@ -41,8 +41,7 @@ class ExpertRecords:
         hidden, inner = config.hidden_size, config.moe_intermediate_size
         if hidden % GROUP_SIZE or inner % GROUP_SIZE:
             raise ValueError(f"{hidden} x {inner} experts have no whole groups of {GROUP_SIZE}")
-        layers = range(config.num_hidden_layers)
-        self.layers = [layer for layer in layers if not config.is_dense_layer(layer)]
+        self.layers = config.moe_layers
         self.n_experts = config.n_routed_experts
         self.count = len(self.layers) * self.n_experts
         self.shapes = ((inner, hidden), (inner, hidden), (hidden, inner))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,14 @@ from kimi_cpu.store.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint
 from kimi_cpu.store.manifest import load_manifest
 from kimi_cpu.store.packed import PackedCheckpoint
 from kimi_cpu.store.repack import Options, Plan, plan_repack, repack, verify
-from kimi_cpu.store.repack import files as files_module
 from kimi_cpu.store.repack import progress as progress_module
 from kimi_cpu.store.repack import run as run_module
-from kimi_cpu.store.repack.convert import pack_int4, round_rows
+from kimi_cpu.store.repack.convert import round_rows
 from kimi_cpu.store.repack.files import Files, Scratch
 from kimi_cpu.store.writer import int4_tensors
 from tests.store.repacking import OPTIONS, contents, copy, fails
 from tests.store.test_checkpoint import GATE, rewrite, shard_of
+from tests.test_quant import blocks_by_definition
 from tests.tiny import tiny_checkpoint
 
 # The arithmetic.
@@ -45,16 +46,16 @@ def test_fast_packing_is_what_quant_defines(rows: int, columns: int) -> None:
     rng = np.random.default_rng(rows * columns)
     packed = rng.integers(0, 256, (rows, columns // 2), dtype=np.uint8)
     int4 = Int4Weight(packed, rng.integers(0, 1 << 16, (rows, columns // 32), dtype=np.uint16))
-    right = pack(int4).blocks
+    right = blocks_by_definition(int4)
     out = np.full_like(right, 99)
-    pack_int4(int4, out)
+    pack(int4, out)
     assert np.array_equal(out, right)
     w = rng.standard_normal((rows, columns)).astype(np.float32)
     w[0, :32] = 0
     for bits, quantize in ((8, quantize_int8), (4, quantize_int4)):
         for dense in (w, f32_to_bf16(w)):
             quantized = quantize(as_f32(dense))
-            right = pack(quantized).blocks
+            right = blocks_by_definition(quantized)
             out = np.full_like(right, 99)
             deviation = round_rows(dense, bits, out)
             assert np.array_equal(out, right)
@@ -69,11 +70,14 @@ def test_reading_and_writing_at_offsets(
     tmp_path: Path, direct: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not direct:
+        open_file = os.open
 
-        def refuse(path: Path, flags: int) -> int:
-            raise OSError(errno.EINVAL, "no such thing here")
+        def refuse(path: Path, flags: int, *rest: int) -> int:
+            if flags & getattr(os, "O_DIRECT", 0):
+                raise OSError(errno.EINVAL, "no such thing here")
+            return open_file(path, flags, *rest)
 
-        monkeypatch.setattr(files_module, "_open_direct", refuse)
+        monkeypatch.setattr(os, "open", refuse)
     path = tmp_path / "file"
     path.touch()
     rng = np.random.default_rng(0)

@@ -12,7 +12,6 @@ by the store alone.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import mmap
 import os
@@ -27,6 +26,7 @@ import numpy as np
 
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import U8
+from kimi_cpu.store.direct import ALIGN, HUGE_PAGE, open_past_cache
 from kimi_cpu.store.experts import system
 from kimi_cpu.store.extents import Extent
 
@@ -35,9 +35,6 @@ Io = Literal["mmap", "direct"]
 
 #: Bytes that one read asks for. Large ones are faster; small ones let a demand overtake.
 PIECE_BYTES = 4 << 20
-#: Direct reads begin and end at multiples of this, in the file and in memory.
-ALIGN = 4096
-_HUGE_PAGE = 2 << 20
 
 
 class Piece(NamedTuple):
@@ -98,9 +95,8 @@ def gone(path: Path, reason: str | None) -> CheckpointError:
 class _Descriptor:
     """An open file that is closed with its last reference, should nobody have closed it."""
 
-    def __init__(self, path: Path, flags: int = 0) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0) | flags)
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
 
     def close(self) -> None:
         fd, self.fd = self.fd, -1
@@ -109,6 +105,10 @@ class _Descriptor:
 
     def __del__(self) -> None:
         self.close()
+
+
+#: How files are opened for reading.
+_READ = os.O_RDONLY | getattr(os, "O_BINARY", 0)
 
 
 class _Mapping(NamedTuple):
@@ -183,7 +183,7 @@ class MappedBackend(Backend):
         file = self._files.get(path)
         if file is None:
             try:
-                opened = _Descriptor(path)
+                opened = _Descriptor(os.open(path, _READ))
                 mapped = mmap.mmap(opened.fd, 0, access=mmap.ACCESS_READ)
             except (OSError, ValueError) as exc:
                 raise gone(path, getattr(exc, "strerror", None) or str(exc)) from None
@@ -207,9 +207,9 @@ class DirectBackend(Backend):
         self._slot_bytes = slot_bytes
         self._files: dict[Path, tuple[_Descriptor, bool]] = {}  # and whether past the cache
         self._open_lock = threading.Lock()
-        memory = mmap.mmap(-1, n_slots * slot_bytes + _HUGE_PAGE)  # pages come when first written
+        memory = mmap.mmap(-1, n_slots * slot_bytes + HUGE_PAGE)  # pages come when first written
         whole = np.frombuffer(memory, dtype=np.uint8)
-        skip = -whole.ctypes.data % _HUGE_PAGE
+        skip = -whole.ctypes.data % HUGE_PAGE
         self._slab: U8 = whole[skip : skip + n_slots * slot_bytes]
         self._address = self._slab.ctypes.data
         self._bytes = memoryview(self._slab)  # type: ignore[arg-type]
@@ -278,7 +278,7 @@ class DirectBackend(Backend):
     def _reopen(self, path: Path) -> tuple[_Descriptor, bool]:
         with self._open_lock:
             if self._files[path][1]:  # else another thread has done it
-                self._files[path] = _Descriptor(path), False
+                self._files[path] = _Descriptor(os.open(path, _READ)), False
             return self._files[path]
 
 
@@ -305,17 +305,8 @@ def can_read_directly(path: Path) -> bool:
 
 def _open_direct(path: Path) -> tuple[_Descriptor, bool]:
     """The open file, and whether its reads go past the page cache."""
-    if hasattr(os, "O_DIRECT"):
-        with contextlib.suppress(OSError):  # EINVAL: tmpfs and others cannot
-            return _Descriptor(path, os.O_DIRECT), True
-    file = _Descriptor(path)
-    if sys.platform == "darwin":
-        import fcntl
-
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(file.fd, fcntl.F_NOCACHE, 1)
-            return file, True
-    return file, False
+    fd = open_past_cache(path, _READ)
+    return _Descriptor(os.open(path, _READ) if fd is None else fd), fd is not None
 
 
 def _read_exactly(

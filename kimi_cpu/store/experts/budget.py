@@ -108,7 +108,7 @@ class Budget:
 def make_budget(checkpoint: Checkpoint, memory: int | None = None) -> Budget:
     """Divide `memory` bytes, by default what is available now less a tenth."""
     config = checkpoint.config
-    layers = [i for i in range(config.num_hidden_layers) if not config.is_dense_layer(i)]
+    layers = config.moe_layers
     trunk_bytes = checkpoint.trunk_bytes
     if not config.tie_word_embeddings:
         trunk_bytes -= checkpoint.entry("model.embed_tokens.weight").nbytes

@@ -48,7 +48,7 @@ def open_experts(
     budget = make_budget(checkpoint, memory)
     budget.check()
     config = checkpoint.config
-    layers = [i for i in range(config.num_hidden_layers) if not config.is_dense_layer(i)]
+    layers = config.moe_layers
     recorder = None
     if trace is not None:
         recorder = Recorder(trace, layers, config.n_routed_experts, config.num_experts_per_tok)

@@ -70,7 +70,7 @@ def disk_speed(checkpoint: Checkpoint, *, again: bool = False) -> DiskSpeed:
 
     Raises CheckpointError (a file is gone) and OSError (the disk cannot read it).
     """
-    extents = checkpoint.expert_extents(_moe_layers(checkpoint)[0], 0)
+    extents = checkpoint.expert_extents(checkpoint.config.moe_layers[0], 0)
     key = _file_system(extents[0].path)
     expert_bytes = sum(extent.length for extent in extents)
     kept = None if again else _recall(key)
@@ -86,7 +86,8 @@ def measure(checkpoint: Checkpoint, seconds: float = PROBE_SECONDS) -> DiskSpeed
 
     What was in the page cache of these experts is dropped, so that it is the disk that reads.
     """
-    layers, n = _moe_layers(checkpoint), checkpoint.config.n_routed_experts
+    config = checkpoint.config
+    layers, n = config.moe_layers, config.n_routed_experts
     order = np.random.default_rng(0).permutation(len(layers) * n).tolist()
     experts = iter([(layers[i // n], i % n) for i in order])
     first = checkpoint.expert_extents(layers[0], 0)
@@ -141,11 +142,6 @@ def _read_some(
         total[0] += load.n_bytes
         backend.evict(load.slot, checkpoint.expert_extents(*place))
     return True
-
-
-def _moe_layers(checkpoint: Checkpoint) -> list[int]:
-    config = checkpoint.config
-    return [i for i in range(config.num_hidden_layers) if not config.is_dense_layer(i)]
 
 
 def _file_system(path: Path) -> str:

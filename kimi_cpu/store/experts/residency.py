@@ -189,7 +189,7 @@ class ExpertStore:
         self._recorder = recorder
         self._trunk = trunk
         self._reader = Reader()
-        layers = [i for i in range(config.num_hidden_layers) if not config.is_dense_layer(i)]
+        layers = config.moe_layers
         total = len(layers) * self.n_experts
         self.policy = Frequency(total)
         self.counters: I64 = np.zeros(2, dtype=np.int64)

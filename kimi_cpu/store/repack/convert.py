@@ -1,23 +1,16 @@
-"""Weights into the packed layout, fast: what `quant.pack` defines, written into given memory.
-
-The layout's transposition of 16 rows x 4 bytes is one of 32-bit words, which NumPy does at several
-GB/s as long as its source and target stay in the caches.
-"""
+"""Rounding dense weights into the packed layout, and how far that moves them."""
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import numpy as np
 
 from kimi_cpu.quant import (
-    BLOCK_COLUMNS,
     BLOCK_ROWS,
     F32,
-    GROUP_SIZE,
     U8,
     U16,
-    Int4Weight,
     as_f32,
     dequantize,
     pack,
@@ -55,15 +48,6 @@ class Deviation(NamedTuple):
 EXACT = Deviation(0.0, 0.0, 0.0)
 
 
-def pack_int4(weight: Int4Weight, out: U8) -> None:
-    """Write INT4 weights as they are into `out`, uint8 [row blocks, column blocks, 576]."""
-    rows, columns = weight.shape
-    if rows % BLOCK_ROWS or columns % BLOCK_COLUMNS:  # no published model: the plain way will do
-        out[:] = pack(weight).blocks
-        return
-    _transpose(np.ascontiguousarray(weight.packed), weight.scale, out)
-
-
 def round_rows(w: U16 | F32, bits: int, out: U8) -> Deviation:
     """Round bf16 or float32 rows [n, in] to int8 or INT4 groups of 32 and write them into `out`.
 
@@ -84,16 +68,7 @@ def round_rows(w: U16 | F32, bits: int, out: U8) -> Deviation:
 
 def _round(rows: F32, bits: int, out: U8) -> Deviation:
     quantized = quantize_int8(rows) if bits == 8 else quantize_int4(rows)
-    whole = rows.shape[0] % BLOCK_ROWS == 0 and rows.shape[1] % BLOCK_COLUMNS == 0
-    if not whole:
-        out[:] = pack(quantized).blocks
-    elif isinstance(quantized, Int4Weight):
-        _transpose(quantized.packed, quantized.scale, out)
-    else:
-        pairs = (quantized.q.view(np.uint8) ^ 0x80).reshape(rows.shape[0], -1, 16, 2)
-        even_odd = np.empty((rows.shape[0], pairs.shape[1], 2, 16), dtype=np.uint8)
-        even_odd[:, :, 0], even_odd[:, :, 1] = pairs[..., 0], pairs[..., 1]
-        _transpose(even_odd.reshape(rows.shape), quantized.scale, out)
+    pack(quantized, out)
     return measure(rows, dequantize(quantized))
 
 
@@ -105,18 +80,3 @@ def measure(w: F32, rounded: F32) -> Deviation:
         squares=float(np.sum(w * w, dtype=np.float64)),
         max_abs=float(np.abs(error).max()),
     )
-
-
-def _transpose(values: U8, scale: U16, out: U8) -> None:
-    """Rows of bytes [n, b] and scales [n, in / 32] into blocks; whole blocks only."""
-    row_blocks, column_blocks, block_bytes = out.shape
-    scale_bytes = 2 * 2 * BLOCK_ROWS
-    vectors = (block_bytes - scale_bytes) // 64
-    words = values.view(np.uint32).reshape(row_blocks, BLOCK_ROWS, column_blocks, vectors)
-    target = out.view(np.uint32)[:, :, : vectors * BLOCK_ROWS]
-    scales = scale.reshape(row_blocks, BLOCK_ROWS, column_blocks, BLOCK_COLUMNS // GROUP_SIZE)
-    scale_target = out.view(np.uint16)[:, :, -2 * BLOCK_ROWS :]
-    for i in range(row_blocks):  # a block of rows at a time stays in the caches
-        target[i].reshape(column_blocks, vectors, BLOCK_ROWS)[:] = words[i].transpose(1, 2, 0)
-        cells = cast(U16, scale_target[i].reshape(column_blocks, 2, BLOCK_ROWS))
-        cells[:] = scales[i].transpose(1, 2, 0)

@@ -8,9 +8,7 @@ systems that cannot do it, take the ordinary way.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +17,11 @@ import numpy.typing as npt
 
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import U8
+from kimi_cpu.store.direct import ALIGN, HUGE_PAGE, open_past_cache
 from kimi_cpu.store.repack.source import Source
 from kimi_cpu.store.safetensors import NUMPY_DTYPES
 from kimi_cpu.store.tensors import is_finite
 
-#: What direct reads and writes are aligned to: offset, length and memory.
-_BLOCK = 4096
-_HUGE_PAGE = 2 << 20
 _MAX_OPEN = 8
 #: At once where a read makes a copy.
 _SEEKING_BYTES = 16 << 20
@@ -36,16 +32,16 @@ class Scratch:
 
     def __init__(self, n_bytes: int) -> None:
         # In huge pages direct reads are twice as fast; NumPy asks for them, but may begin beside.
-        n_bytes = -(-n_bytes // _HUGE_PAGE) * _HUGE_PAGE
-        memory = np.empty(n_bytes + _HUGE_PAGE, dtype=np.uint8)
-        start = -memory.ctypes.data % _HUGE_PAGE
+        n_bytes = -(-n_bytes // HUGE_PAGE) * HUGE_PAGE
+        memory = np.empty(n_bytes + HUGE_PAGE, dtype=np.uint8)
+        start = -memory.ctypes.data % HUGE_PAGE
         self._memory = memory[start : start + n_bytes]
         self._used = 0
 
     def take(self, n_bytes: int) -> U8:
         """uint8 [n_bytes], page-aligned; valid until `clear`."""
         begin = self._used
-        self._used += -(-n_bytes // _BLOCK) * _BLOCK
+        self._used += -(-n_bytes // ALIGN) * ALIGN
         if self._used > len(self._memory):
             raise MemoryError(f"{n_bytes} bytes asked of a scratch memory that is used up")
         return self._memory[begin : begin + n_bytes]
@@ -61,13 +57,11 @@ class _File:
     def __init__(self, path: Path, write: bool) -> None:
         flags = (os.O_RDWR if write else os.O_RDONLY) | getattr(os, "O_BINARY", 0)
         self._cached = os.open(path, flags)
-        self._direct: int | None = None
-        with contextlib.suppress(OSError):  # tmpfs and some network file systems refuse
-            self._direct = _open_direct(path, flags)
+        self._direct = open_past_cache(path, flags)
 
     def read(self, offset: int, out: U8) -> int:
         """Read until `out` is full or the file ends; returns the number of bytes."""
-        aligned = offset % _BLOCK == 0 and len(out) % _BLOCK == 0
+        aligned = offset % ALIGN == 0 and len(out) % ALIGN == 0
         fd = self._direct if self._direct is not None and aligned else self._cached
         done = 0
         while done < len(out):
@@ -75,19 +69,19 @@ class _File:
             if n == 0:
                 break
             done += n
-            if n % _BLOCK:
+            if n % ALIGN:
                 fd = self._cached
         return done
 
     def write(self, offset: int, data: U8) -> None:
         """Write all of `data`."""
-        aligned = (offset | len(data) | data.ctypes.data) % _BLOCK == 0
+        aligned = (offset | len(data) | data.ctypes.data) % ALIGN == 0
         fd = self._direct if self._direct is not None and aligned else self._cached
         done = 0
         while done < len(data):
             n = _write_at(fd, data.data[done:], offset + done)
             done += n
-            if n % _BLOCK:
+            if n % ALIGN:
                 fd = self._cached
 
     def forget(self, offset: int, length: int) -> None:
@@ -99,18 +93,6 @@ class _File:
         for fd in (self._cached, self._direct):
             if fd is not None:
                 os.close(fd)
-
-
-def _open_direct(path: Path, flags: int) -> int | None:
-    if hasattr(os, "O_DIRECT"):
-        return os.open(path, flags | os.O_DIRECT)
-    if sys.platform == "darwin":
-        import fcntl
-
-        fd = os.open(path, flags)
-        fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
-        return fd
-    return None
 
 
 def _read_at(fd: int, out: memoryview, offset: int) -> int:
@@ -145,8 +127,8 @@ class Files:
 
         Raises OSError, or CheckpointError if the file ends before.
         """
-        lead = offset % _BLOCK
-        whole = scratch.take(-(-(lead + length) // _BLOCK) * _BLOCK)
+        lead = offset % ALIGN
+        whole = scratch.take(-(-(lead + length) // ALIGN) * ALIGN)
         done = self._get(path).read(offset - lead, whole)
         if done < lead + length:
             raise CheckpointError(

@@ -18,13 +18,14 @@ from kimi_cpu.quant import (
     PackedWeight,
     as_f32,
     dequantize,
+    pack,
     packed_shape,
     quantize_int4,
     quantize_int8,
     unpack,
 )
 from kimi_cpu.store.layout import PROJECTIONS
-from kimi_cpu.store.repack.convert import EXACT, Deviation, measure, pack_int4, round_rows
+from kimi_cpu.store.repack.convert import EXACT, Deviation, measure, round_rows
 from kimi_cpu.store.repack.files import Scratch, TensorReader
 from kimi_cpu.store.repack.plan import BytesJob, ExpertJob, Layout, Piece, RowsJob
 
@@ -45,7 +46,7 @@ def make_piece(
     out = scratch.take(piece.length)
     if isinstance(job, ExpertJob):
         for target, weight in zip(layout.records.weights(out), _expert(reader, job), strict=True):
-            pack_int4(weight, target.blocks)
+            pack(weight, target.blocks)
         return out, EXACT
     if job.how == "copy":
         rows = reader.rows(job.name, job.begin, job.end)
@@ -53,7 +54,7 @@ def make_piece(
         return out, EXACT
     if job.how == "pack":
         int4 = _int4(reader, job.name, job.begin, job.end)
-        pack_int4(int4, out.reshape(packed_shape(*int4.shape, 4)))
+        pack(int4, out.reshape(packed_shape(*int4.shape, 4)))
         return out, EXACT
     dense = _dense(reader, job)
     bits = _bits(job)
@@ -65,7 +66,7 @@ def check_piece(
 ) -> tuple[bool, Deviation]:
     """Whether bytes of a packed checkpoint are what its source says, and what rounding changed.
 
-    By the format's definition in `quant`, with nothing of `convert`: INT4 weights are unpacked and
+    By `quant.unpack`, which shares nothing with what packed them: INT4 weights are unpacked and
     compared bit by bit; so are rounded ones, with the source rounded once more.
     """
     job = piece.job
