@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kimi_cpu.kernels import fast, reference
+from kimi_cpu.kernels import fast, mla, reference
 from kimi_cpu.kernels.attention import SPLIT_ROWS
 from kimi_cpu.quant import f32_to_bf16
 
@@ -24,7 +24,7 @@ DIMS = [
 @pytest.fixture(params=["f32", "bf16", "bf16 without its dot product"])
 def cache_kind(request, monkeypatch):
     if "without" in request.param:
-        monkeypatch.setattr(fast, "HAS_BF16_DOT", False)
+        monkeypatch.setattr(mla, "HAS_BF16_DOT", False)
     return request.param
 
 
