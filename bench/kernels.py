@@ -91,7 +91,7 @@ class Bench:
 
     def moe(self, weights: list[Int4Weight] | list[PackedWeight]) -> Work:
         """One token through 8 of N_EXPERTS experts after the other."""
-        table = ExpertTable(lambda e: tuple(weights[3 * e : 3 * e + 3]), N_EXPERTS, WIDTH)  # type: ignore[arg-type, return-value]
+        table = ExpertTable.of([tuple(weights[3 * e : 3 * e + 3]) for e in range(N_EXPERTS)])  # type: ignore[misc]
         share = np.full((1, 8), 0.125, np.float32)
         ids = [np.arange(e, e + 8, dtype=np.int32)[None] for e in range(0, N_EXPERTS, 8)]
         x = self.x[1, HIDDEN]

@@ -23,9 +23,12 @@ from kimi_cpu.kv_cache import CacheSnapshot
 from kimi_cpu.model import Ids, LayerProgress, Model
 from kimi_cpu.quant import F32
 from kimi_cpu.store.checkpoint import Checkpoint
+from kimi_cpu.store.experts.backends import Io
+from kimi_cpu.store.experts.opening import open_experts
+from kimi_cpu.store.experts.residency import ExpertStore
 
 #: Tokens of a prompt computed in one sweep over the weights: bounds the memory of a pass, which for
-#: Kimi K2 is 0.15 MB a token.
+#: Kimi K2 is 0.18 MB a token. Less if memory does not hold that beside a few experts.
 PREFILL_CHUNK = 8192
 #: The same where logits of every token are wanted: 0.65 MB a token more.
 SCORE_CHUNK = 512
@@ -44,6 +47,7 @@ class Engine:
         config: the model's shape.
         precision: "fast" or "exact".
         threads: threads used by the kernels.
+        experts: the store of its routed experts, which also counts what it does (`stats`).
     """
 
     def __init__(self, checkpoint: Checkpoint, model: Model) -> None:
@@ -52,6 +56,7 @@ class Engine:
         self.config: ModelConfig = checkpoint.config
         self.precision: Precision = model.precision
         self.threads = model.threads
+        self.experts: ExpertStore = model.experts
 
     @classmethod
     def load(
@@ -61,18 +66,28 @@ class Engine:
         precision: Precision = "fast",
         threads: int | None = None,
         backend: Backend = "simd",
+        memory: int | None = None,
+        io: Io | Literal["auto"] = "auto",
+        trace: Path | None = None,
+        lookahead: bool = True,
     ) -> Self:
-        """Open a Hugging Face folder; weights stay on disk until they are touched.
+        """Open a checkpoint folder; weights stay on disk until they are needed.
+
+        What `memory`, `io`, `trace` and `lookahead` say changes speed alone, no token.
 
         Args:
-            path: folder with `config.json` and safetensors.
+            path: folder with `config.json` and safetensors, or one that `kimi-cpu repack` wrote.
             precision: "fast" (INT4 experts see int8 activations) or "exact" (float32 activations).
             threads: 1 or more; the default is the number of physical cores that this process may
                 use. The numbers computed do not depend on it.
             backend: "simd", or "reference" for plain NumPy, which is slow and is the definition.
+            memory: bytes that may be used; by default what is available now, less a tenth.
+            io: how experts come from the disk, "mmap" or "direct"; "auto" takes what is faster.
+            trace: file to which the routing of every token is written.
+            lookahead: whether experts may be read before their router has spoken.
 
         Raises:
-            UsageError: an argument is out of range.
+            UsageError: an argument is out of range, or there is too little memory.
             ConfigError, CheckpointError: the folder is not a checkpoint that can be run.
         """
         if precision not in ("fast", "exact"):
@@ -82,9 +97,17 @@ class Engine:
         if threads is not None and threads < 1:
             raise UsageError(f"{threads} threads make no sense", "use 1 or more")
         checkpoint = Checkpoint.open(path)
+        try:
+            experts = open_experts(
+                checkpoint, memory=memory, io=io, trace=trace, lookahead=lookahead
+            )
+        except BaseException:
+            checkpoint.close()
+            raise
         model = Model(
-            checkpoint, _kernels(backend), precision, threads or hardware.default_threads()
-        )
+            checkpoint, experts, _kernels(backend), precision,
+            threads or hardware.default_threads(),
+        )  # fmt: skip
         return cls(checkpoint, model)
 
     def session(self) -> Session:
@@ -118,6 +141,7 @@ class Engine:
 
     def close(self) -> None:
         """Release the mapped files; sessions of this engine must not be used afterwards."""
+        self.experts.close()
         self._checkpoint.close()
 
     def __enter__(self) -> Self:
@@ -209,8 +233,9 @@ class Session:
             keep -= 1  # its latents are known but its logits are not: compute the last one again
         self._truncate(keep)
         todo = tokens[keep:]
-        for begin in range(0, len(todo), PREFILL_CHUNK):
-            chunk = todo[begin : begin + PREFILL_CHUNK]
+        at_once = self._model.tokens_at_once(len(todo), PREFILL_CHUNK)
+        for begin in range(0, len(todo), at_once):
+            chunk = todo[begin : begin + at_once]
 
             def after_layer(
                 done: int, layers: int, begin: int = begin, n: int = len(chunk)

@@ -26,17 +26,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
 from kimi_cpu.config import LATENT_NORM_EPS
 from kimi_cpu.errors import CheckpointError
-from kimi_cpu.kernels.common import CannotReplay, ExpertTable, Position, Precision
+from kimi_cpu.kernels.common import I32, ExpertTable, Position, Precision
 from kimi_cpu.kv_cache import LatentCache
 from kimi_cpu.quant import F32, U16, Weight, as_f32, rows_of
 from kimi_cpu.store.checkpoint import Checkpoint
+from kimi_cpu.store.experts.residency import ExpertStore
 
 if TYPE_CHECKING:  # importing it imports numba
     from kimi_cpu.kernels.threads import Tape
@@ -44,6 +45,10 @@ if TYPE_CHECKING:  # importing it imports numba
 #: Heads whose keys and values exist at a time, and tokens in a SwiGLU, in the pass of a prompt.
 HEADS_AT_ONCE = 16
 MLP_TOKENS = 1024
+#: Choices a expert on average from which on a layer's experts count as all chosen (e^-4 are not).
+NEARLY_ALL = 4
+#: Activations of a pass that the expert store's reserve covers; more take the place of experts.
+PASS_RESERVE = 128 << 20
 
 Ids = npt.NDArray[np.int64]
 #: Called after each layer of a pass with (layers done, layers in all).
@@ -115,6 +120,7 @@ class RecordedPass:
     tape: Tape
     logits: F32  # [1, vocab]
     generation: int  # of the cache's memory
+    looks_ahead: bool
 
 
 class Model:
@@ -122,6 +128,7 @@ class Model:
 
     Args:
         checkpoint: an open, validated checkpoint; weights are read in place.
+        experts: brings its routed experts into memory; several models may share it.
         kernels: `kernels.reference` or `kernels.fast`; both have the same functions.
         precision: "exact" (float32 activations, the oracle's numbers) or "fast" (quantised
             weights see int8 activations in groups of 32).
@@ -129,15 +136,18 @@ class Model:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, kernels: ModuleType, precision: Precision, threads: int
-    ) -> None:
+        self, checkpoint: Checkpoint, experts: ExpertStore, kernels: ModuleType,
+        precision: Precision, threads: int,
+    ) -> None:  # fmt: skip
         self.config = checkpoint.config
+        self.experts = experts
         self.kernels = kernels
         self.precision: Precision = precision
         self.threads = threads
         self._find_non_finite = checkpoint.find_non_finite
         self._replays = kernels.recording is not None
         self._passes: WeakKeyDictionary[LatentCache, RecordedPass] = WeakKeyDictionary()
+        self._caches: WeakSet[LatentCache] = WeakSet()
         self._inv_freq = self.config.inv_freq()  # float64 [P / 2]
         self.embed_tokens = checkpoint.tensor("model.embed_tokens.weight")  # [vocab, D]
         self.layers = [
@@ -148,7 +158,29 @@ class Model:
 
     def new_cache(self) -> LatentCache:
         """An empty cache of this model's shape."""
-        return LatentCache(self.config)
+        cache = LatentCache(self.config)
+        self._caches.add(cache)
+        return cache
+
+    @property
+    def token_bytes(self) -> int:
+        """About the memory of a token's activations that live through a pass of many."""
+        c = self.config
+        return 4 * (5 * c.hidden_size + c.num_attention_heads * c.v_head_dim)
+
+    def tokens_at_once(self, prompt: int, most: int) -> int:
+        """How many of a prompt's tokens a pass may take: `most`, or fewer if memory is short.
+
+        Then, and only then, the budget has an influence on the numbers: in their last digits.
+        """
+        c = self.config
+        latents = 4 * prompt * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
+        spare = self.experts.spare_bytes(self.latent_bytes() + latents)
+        return max(min(most, (PASS_RESERVE + spare) // self.token_bytes), 1)
+
+    def latent_bytes(self) -> int:
+        """Bytes of all caches that `new_cache` made and that still live."""
+        return sum(cache.nbytes for cache in self._caches)
 
     def forward(
         self,
@@ -173,14 +205,18 @@ class Model:
 
         Raises:
             ContextError: the tokens do not fit the context.
-            CheckpointError: a weight is damaged (not finite). In both cases the cache is unchanged.
+            UsageError: beside them there is too little memory for the experts of a token.
+            CheckpointError: a weight is damaged (not finite) or cannot be read any more. In all
+                cases the cache is unchanged.
         """
         cache.reserve(len(ids))
         inputs = self._inputs(ids, cache.length)
-        if len(ids) == 1 and self._replays:
-            logits = self._replay(inputs, cache)
-        else:
-            logits = self._compute(inputs, cache, all_logits, progress)
+        beside = self.latent_bytes() + max(len(ids) * self.token_bytes - PASS_RESERVE, 0)
+        with self.experts.passing(len(ids), beside):
+            if len(ids) == 1 and self._replays:
+                logits = self._replay(inputs, cache)
+            else:
+                logits = self._compute(inputs, cache, all_logits, progress)
         if not np.isfinite(logits).all():
             raise self._find_non_finite() or CheckpointError(
                 "the model computed logits that are not finite, though its trunk is",
@@ -207,7 +243,10 @@ class Model:
             x = k.add(x, self._attention(i, h, inputs, cache))
             h = self._rmsnorm(x, layer.post_attention_layernorm)
             mlp = layer.mlp
-            x = k.add(x, self._moe(mlp, h) if isinstance(mlp, MoEWeights) else self._mlp(mlp, h))
+            if isinstance(mlp, MoEWeights):
+                x = k.add(x, self._moe(mlp, h, x, self.layers[i + 1 : i + 2]))
+            else:
+                x = k.add(x, self._mlp(mlp, h))
             if progress is not None:
                 progress(i + 1, len(self.layers))
         if not all_logits:
@@ -219,19 +258,15 @@ class Model:
 
         Python then costs a few microseconds a token instead of a few a kernel.
         """
-        recorded = self._passes.get(cache)
-        if recorded is None or recorded.generation != cache.generation:
+        recorded, now = self._passes.get(cache), (cache.generation, self._looks_ahead)
+        if recorded is None or (recorded.generation, recorded.looks_ahead) != now:
             with self.kernels.recording() as tape:
                 logits = self._compute(inputs, cache, all_logits=False)
-            recorded = RecordedPass(inputs, tape, logits, cache.generation)
+            recorded = RecordedPass(inputs, tape, logits, *now)
             self._passes[cache] = recorded
         else:
             recorded.inputs.take(inputs)
-        try:
-            recorded.tape.play(self.threads)
-        except CannotReplay:
-            self._replays = False
-            return self._compute(inputs, cache, all_logits=False)
+        recorded.tape.play(self.threads)
         return recorded.logits.copy()
 
     def _attention(self, layer: int, x: F32, inputs: Inputs, cache: LatentCache) -> F32:
@@ -295,10 +330,30 @@ class Model:
         absorbed = tokens * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
         return absorbed > tokens * (per_head + c.qk_rope_head_dim) + c.kv_lora_rank * per_head
 
-    def _moe(self, w: MoEWeights, x: F32) -> F32:
-        """Routed experts plus the shared one; [T, D] -> [T, D]."""
+    def _moe(self, w: MoEWeights, x: F32, residual: F32, following: list[Layer]) -> F32:
+        """Routed experts plus the shared one; [T, D] -> [T, D].
+
+        While the disk has nothing better to do, experts of the following layer are read that it
+        will probably choose: one token's by asking its router now, about the residual [T, D]; of
+        those of many tokens the first, as nearly all will be needed.
+        """
+        k = self.kernels
+        ids, weights = self._route(w, x)  # [T, K], [T, K]
+        k.request(w.experts, ids)
+        soon = following[0].mlp if following else None
+        if len(x) == 1 and self._looks_ahead and isinstance(soon, MoEWeights):
+            h = self._rmsnorm(residual, following[0].post_attention_layernorm)
+            k.anticipate(soon.experts, self._route(soon, h)[0])
+        shared = None if w.shared_experts is None else self._mlp(w.shared_experts, x)
+        routed: F32 = k.moe(x, w.experts, ids, weights, self.precision, self.threads)
+        if ids.size > NEARLY_ALL * len(w.experts) and isinstance(soon, MoEWeights):
+            soon.experts.source.request(range(len(soon.experts)))
+        return routed if shared is None else k.add(routed, shared)
+
+    def _route(self, w: MoEWeights, x: F32) -> tuple[I32, F32]:
+        """The chosen experts, int32 [T, K], and their weights [T, K]."""
         c = self.config
-        ids, weights = self.kernels.route(
+        chosen: tuple[I32, F32] = self.kernels.route(
             self._linear(x, w.gate),  # [T, E]
             w.e_score_correction_bias,
             c.n_group,
@@ -306,12 +361,13 @@ class Model:
             c.num_experts_per_tok,
             c.norm_topk_prob,
             c.routed_scaling_factor,
-        )  # [T, K], [T, K]
-        routed: F32 = self.kernels.moe(x, w.experts, ids, weights, self.precision, self.threads)
-        if w.shared_experts is None:
-            return routed
-        y: F32 = self.kernels.add(routed, self._mlp(w.shared_experts, x))
-        return y
+        )
+        return chosen
+
+    @property
+    def _looks_ahead(self) -> bool:
+        """Whether the experts of the next layer are guessed while those of this one are read."""
+        return bool(self.experts.looks_ahead[0])
 
     def _mlp(self, w: MLPWeights, x: F32) -> F32:
         """SwiGLU: down(silu(gate x) * up x); [T, D] -> [T, D]."""
@@ -364,9 +420,7 @@ class Model:
                 e_score_correction_bias=as_f32(
                     checkpoint.tensor(prefix + "mlp.gate.e_score_correction_bias")
                 ),
-                experts=ExpertTable(
-                    lambda e: checkpoint.expert(i, e), c.n_routed_experts, c.moe_intermediate_size
-                ),
+                experts=self._expert_table(i),
                 shared_experts=(
                     _load_mlp(checkpoint, prefix + "mlp.shared_experts.")
                     if c.n_shared_experts
@@ -379,6 +433,16 @@ class Model:
             post_attention_layernorm=checkpoint.tensor(prefix + "post_attention_layernorm.weight"),
             mlp=mlp,
         )
+
+    def _expert_table(self, i: int) -> ExpertTable:
+        """Layer i's, which all models on the same store have in common."""
+        c, source = self.config, self.experts.layer(i)
+        if source.shelf is None:
+            source.put_on(
+                ExpertTable(source, c.n_routed_experts, c.moe_intermediate_size, c.hidden_size)
+            )
+        assert isinstance(source.shelf, ExpertTable)
+        return source.shelf
 
 
 def _load_mlp(checkpoint: Checkpoint, prefix: str) -> MLPWeights:

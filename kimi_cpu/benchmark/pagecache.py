@@ -73,23 +73,3 @@ def read_bytes() -> int | None:
         if line.startswith("read_bytes:"):
             return int(line.split()[1])
     return None
-
-
-def disk_wait_s() -> float | None:
-    """Seconds that this process's threads have waited for the disk; None if nobody counts.
-
-    Linux counts them only with `sysctl kernel.task_delayacct=1`, in steps of 1/100 s.
-    """
-    try:
-        if Path("/proc/sys/kernel/task_delayacct").read_text().strip() != "1":
-            return None
-        ticks = 0
-        for stat in Path("/proc/self/task").glob("*/stat"):
-            ticks += int(stat.read_text().rpartition(")")[2].split()[_BLKIO_FIELD])
-    except (OSError, ValueError, IndexError):
-        return None
-    return ticks / os.sysconf("SC_CLK_TCK")
-
-
-#: `delayacct_blkio_ticks`, field 42 of proc(5), counted from the one after the name.
-_BLKIO_FIELD = 42 - 3

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Literal
 
 import numpy as np
 
@@ -32,6 +33,9 @@ from kimi_cpu.errors import UsageError
 from kimi_cpu.kernels.common import Precision
 from kimi_cpu.model import Ids, Model
 from kimi_cpu.store.checkpoint import Checkpoint
+from kimi_cpu.store.experts.backends import Io
+from kimi_cpu.store.experts.opening import open_experts
+from kimi_cpu.store.experts.residency import ExpertStats, ExpertStore
 from kimi_cpu.store.summary import Summary, summarise
 
 #: Told (what is done now, whether one of `count_steps` is complete with it).
@@ -117,8 +121,11 @@ class Row:
         ceilings: bytes a second that the best plain reader got from memory, before each
             repetition and after the last.
         profile: seconds a token by part (see `traffic.PARTS`), if asked for.
-        disk_wait_s: seconds a token that threads waited for the disk while profiling, None if
-            the system does not tell.
+        disk_wait_s: seconds a token that nothing could be computed for want of an expert, while
+            profiling.
+        experts: what the expert store did in the timed runs.
+        memory: the budget in bytes, if not all experts fit into it.
+        io: how experts are read.
         started: when, UTC.
     """
 
@@ -132,6 +139,9 @@ class Row:
     ceilings: list[float]
     profile: dict[str, float] | None
     disk_wait_s: float | None
+    experts: ExpertStats
+    memory: int | None
+    io: Io
     started: datetime
 
     @property
@@ -185,6 +195,7 @@ class Bench:
         folder: the checkpoint.
         precision: as `Engine.load`.
         seed: of the token ids.
+        memory, io: as `Engine.load`.
         repetitions: samples of each test.
         cold: empty the page cache of the weight files before each sample. Else a pass over the
             test's own tokens first brings its weights into the page cache and into this
@@ -198,7 +209,8 @@ class Bench:
 
     def __init__(
         self, folder: Path, *, precision: Precision, seed: int, repetitions: int, cold: bool,
-        profile: bool, read_bytes: int | None = None, progress: Progress,
+        profile: bool, memory: int | None = None, io: Io | Literal["auto"] = "auto",
+        read_bytes: int | None = None, progress: Progress,
     ) -> None:  # fmt: skip
         from kimi_cpu.kernels.bandwidth import DramReader
 
@@ -206,7 +218,9 @@ class Bench:
         self._precision: Precision = precision
         self._seed, self._repetitions = seed, repetitions
         self._cold, self._profile, self._progress = cold, profile, progress
+        self._memory, self._io = memory, io
         self._checkpoint = Checkpoint.open(folder)
+        self._experts = self._open_experts()
         self.config = self._checkpoint.config
         self.summary: Summary = summarise(self._checkpoint)
         self._files = sorted({self._checkpoint.file_of(n) for n in self._checkpoint.names()})
@@ -255,7 +269,7 @@ class Bench:
             profile, disk_wait_s = self._split(test, threads, ids, context)
         self._progress(label, True)
 
-        samples, ceilings = [], []
+        samples, ceilings, experts = [], [], ExpertStats()
         for repetition in range(self._repetitions):
             ceilings.append(self._ceiling(threads))
             if self._cold:
@@ -264,9 +278,10 @@ class Bench:
                 session.restore(context)
             else:
                 session.rewind(len(session) - test.n_depth)
-            before = pagecache.read_bytes()
+            before, experts_before = pagecache.read_bytes(), self._experts.stats()
             seconds = run_test(session, test, ids)
             after = pagecache.read_bytes()
+            experts += self._experts.stats() - experts_before
             read = after - before if after is not None and before is not None else None
             samples.append(Sample(seconds, read))
             if self._cold:
@@ -276,13 +291,21 @@ class Bench:
         return Row(
             test=test, threads=threads, precision=self._precision, cold=self._cold,
             seed=self._seed, samples=samples, traffic=self._traffic[test], ceilings=ceilings,
-            profile=profile, disk_wait_s=disk_wait_s, started=started,
+            profile=profile, disk_wait_s=disk_wait_s, experts=experts,
+            memory=self._experts.memory if self._experts.bounded else None,
+            io=self._experts.io, started=started,
         )  # fmt: skip
 
     def _engine(self, threads: int) -> Engine:
         from kimi_cpu.kernels import fast
 
-        return Engine(self._checkpoint, Model(self._checkpoint, fast, self._precision, threads))
+        return Engine(self._checkpoint, self._model(fast, threads))
+
+    def _model(self, kernels: ModuleType, threads: int) -> Model:
+        return Model(self._checkpoint, self._experts, kernels, self._precision, threads)
+
+    def _open_experts(self) -> ExpertStore:
+        return open_experts(self._checkpoint, memory=self._memory, io=self._io)
 
     def _observed(
         self, threads: int, observer: ExpertCounter | PartTimer, context: SessionSnapshot
@@ -291,7 +314,7 @@ class Bench:
         from kimi_cpu.kernels import fast
 
         kernels = ObservedKernels(fast, observer)
-        model = Model(self._checkpoint, kernels, self._precision, threads)
+        model = self._model(kernels, threads)
         session = Session(model)
         session.restore(context)
         observer.reset()
@@ -305,28 +328,26 @@ class Bench:
 
     def _split(
         self, test: Test, threads: int, ids: Ids, context: SessionSnapshot
-    ) -> tuple[dict[str, float], float | None]:
+    ) -> tuple[dict[str, float], float]:
         """Seconds a token by part, and waiting for the disk, from a pass with timers."""
         timer = PartTimer()
         if self._cold:
             self._forget()
         model, session = self._observed(threads, timer, context)
         timer.watch(model)
-        waited = pagecache.disk_wait_s()
+        before = self._experts.stats()
         seconds = run_test(session, test, ids)
         split = timer.seconds
         split["other"] += seconds - sum(split.values())
-        waited_after = pagecache.disk_wait_s()
-        wait = None
-        if waited is not None and waited_after is not None:
-            wait = (waited_after - waited) / test.n_tokens
-        return {part: value / test.n_tokens for part, value in split.items()}, wait
+        wait = (self._experts.stats() - before).wait_s
+        return {part: value / test.n_tokens for part, value in split.items()}, wait / test.n_tokens
 
     def _ceiling(self, threads: int) -> float:
         return max(self._reader.measure(threads).values())
 
     def _forget(self) -> None:
         """Unmap the weights and drop them from the page cache."""
+        self._experts.close()
         self._checkpoint.close()
         gc.collect()
         pagecache.drop(self._files)
@@ -338,6 +359,7 @@ class Bench:
                 "copy the model to a disk, or leave out --cold.",
             )
         self._checkpoint = Checkpoint.open(self.folder)
+        self._experts = self._open_experts()
 
     def describe(self) -> dict[str, Any]:
         """What is the same in all rows, with llama-bench's names where it has them."""

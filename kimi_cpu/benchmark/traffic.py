@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from kimi_cpu.model import MLPWeights, Model, MoEWeights
+from kimi_cpu.model import MLPWeights, Model
 
 #: Called after each kernel with (name, positional arguments, result, seconds).
 Observer = Callable[[str, tuple[Any, ...], Any, float], None]
@@ -25,7 +25,8 @@ PARTS = ("attention", "router", "experts", "shared experts", "dense MLP", "head"
 
 #: Kernels that serve one part; of the others the weight tells.
 _PART_OF_KERNEL = {
-    "moe": "experts", "route": "router", "split": "attention", "rope": "attention",
+    "moe": "experts", "request": "experts", "anticipate": "experts", "route": "router",
+    "split": "attention", "rope": "attention",
     "store_rows_at": "attention", "absorb_q": "attention", "absorb_v": "attention",
     "mla_decode": "attention", "mla_prefill": "attention",
 }  # fmt: skip
@@ -72,8 +73,8 @@ class ExpertCounter:
         self.touched = 0
 
     def __call__(self, name: str, args: tuple[Any, ...], result: Any, seconds: float) -> None:
-        if name == "route":
-            self.touched += len(np.unique(result[0]))
+        if name == "request":
+            self.touched += len(np.unique(args[1]))
 
 
 def trunk_weights(model: Model) -> Iterator[tuple[str, Any]]:
@@ -178,14 +179,12 @@ def traffic(model: Model, passes: list[tuple[int, int]], experts_touched: int) -
     cache_bytes = cache_rows * row_bytes * config.num_hidden_layers / tokens
     part_bytes["attention"] += cache_bytes
 
-    tables = [layer.mlp.experts for layer in model.layers if isinstance(layer.mlp, MoEWeights)]
-    if tables:  # of one size: the config's
-        expert_bytes = sum(w.nbytes for w in tables[0][0])
-        part_bytes["experts"] = experts_touched * expert_bytes / tokens
+    part_bytes["experts"] = experts_touched * model.experts.expert_bytes / tokens
+    n_layers = len(config.moe_layers)
     return Traffic(
         trunk_bytes=trunk_bytes,
         expert_bytes=part_bytes["experts"],
         cache_bytes=cache_bytes,
         part_bytes=part_bytes,
-        experts_per_pass=experts_touched / (len(passes) * len(tables)) if tables else 0.0,
+        experts_per_pass=experts_touched / (len(passes) * n_layers) if n_layers else 0.0,
     )

@@ -87,6 +87,7 @@ def _pairs(
     "--precision", type=click.Choice(["fast", "exact"]), default="fast", show_default=True,
     help="int8 activations, or float32 as the reference computes.",
 )  # fmt: skip
+@common.store_options
 @click.option("--seed", type=click.IntRange(0), default=0, metavar="N", help="Of the token ids.")
 @click.option("--cold", is_flag=True, help="Before each run drop the weight files from memory.")
 @click.option("--profile", is_flag=True, help="Split a token's time by part of the model.")
@@ -97,7 +98,7 @@ def _pairs(
 def command(
     model: str | None, n_prompt: list[int], n_gen: list[int], n_pg: list[tuple[int, int]],
     n_depth: list[int], threads: list[int], repetitions: int, output: str, precision: str,
-    seed: int, cold: bool, profile: bool, plot: Path | None,
+    memory: int | None, io: str, seed: int, cold: bool, profile: bool, plot: Path | None,
 ) -> None:  # fmt: skip
     """Measure tokens a second beside what memory allows."""
     from kimi_cpu.cli import bench_plot
@@ -136,6 +137,7 @@ def command(
 
         bench = Bench(
             folder, precision=precision, seed=seed, repetitions=repetitions,  # type: ignore[arg-type]
+            memory=memory, io=io,  # type: ignore[arg-type]
             cold=cold, profile=profile or plot is not None, progress=progress,
         )  # fmt: skip
         bench.check(tests)

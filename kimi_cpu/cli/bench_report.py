@@ -48,12 +48,16 @@ def record(row: Row, common: dict[str, Any]) -> dict[str, Any]:
         "part_bytes_per_token": row.traffic.part_bytes,
         "experts_per_pass": row.traffic.experts_per_pass,
         "disk_bytes_per_token": row.disk_bytes_per_token,
+        "expert_hit_rate": row.experts.hit_rate,
+        "lookahead_recall": row.experts.recall,
+        "memory": row.memory,
+        "io": row.io,
         "ceiling_bytes_per_s": row.ceiling_bytes_per_s,
         "ceiling_samples_bytes_per_s": row.ceilings,
         "ceiling_ts": row.ceiling_ts,
         "ceiling_fraction": row.ceiling_fraction,
         "profile_ms": profile,
-        "disk_wait_ms": None if row.disk_wait_s is None else row.disk_wait_s * 1e3,
+        "disk_wait_ms": row.disk_wait_s and row.disk_wait_s * 1e3,
     }
 
 
@@ -147,6 +151,13 @@ def md_footer(records: Sequence[dict[str, Any]]) -> str:
         f"share each pass of up to {first['n_batch']}, where a chosen expert counts once",
         "share: of the ceiling, the rate if nothing but these reads took time",
     ]
+    bounded = [r for r in records if r["memory"] is not None]
+    if bounded:
+        shares = ", ".join(f"{r['test']} {r['expert_hit_rate']:.1%}" for r in bounded)
+        lines.append(
+            f"experts in memory when they were needed ({size(bounded[0]['memory'])} allowed, "
+            f"{bounded[0]['io']} reads): {shares}"
+        )
     split = [r for r in records if r["profile_ms"]]
     if split:
         lines += [
@@ -162,7 +173,7 @@ def md_footer(records: Sequence[dict[str, Any]]) -> str:
 def _md_profile(records: Sequence[dict[str, Any]]) -> list[str]:
     """A table of milliseconds a token: tests by parts."""
     parts = [part for part in PARTS if any(r["profile_ms"][part] > 0 for r in records)]
-    waits = any(r["disk_wait_ms"] is not None for r in records)
+    waits = any(r["disk_wait_ms"] for r in records)
     rows = [["ms/token", "threads", *parts, "all", *(["of it for the disk"] if waits else [])]]
     for r in records:
         split = r["profile_ms"]
@@ -171,7 +182,7 @@ def _md_profile(records: Sequence[dict[str, Any]]) -> list[str]:
         row += [f"{split[part]:.3g} ({split[part] / total:.0%})" for part in parts]
         row.append(f"{total:.3g}")
         if waits:
-            row.append("?" if r["disk_wait_ms"] is None else f"{r['disk_wait_ms']:.3g}")
+            row.append(f"{r['disk_wait_ms']:.3g}")
         rows.append(row)
         if not r["n_prompt"]:  # else arithmetic decides, not memory
             sizes = r["part_bytes_per_token"]

@@ -7,6 +7,7 @@ import difflib
 import os
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -39,6 +40,9 @@ def command(
     tools: str | None,
     threads: int | None,
     precision: str,
+    memory: int | None,
+    io: str,
+    trace: Path | None,
     resume: bool,
     no_save: bool,
     **sampling: Any,
@@ -54,7 +58,7 @@ def command(
         conversation.system = system
     folder = common.model_folder(model)
     params = common.sampling_params(folder, **sampling)
-    loaded = common.load_model(folder, threads, precision)
+    loaded = common.load_model(folder, threads, precision, memory=memory, io=io, trace=trace)
     from kimi_cpu.cli.chat_commands import COMMANDS
     from kimi_cpu.cli.prompting import open_source
 
@@ -242,6 +246,7 @@ class Chat:
 
         view = ReplyView()
         result: Result | None = None
+        experts = self.model.expert_stats()
         messages = common.with_system(self.conversation.system, self.conversation.messages)
         try:
             with Interrupt(self._source.interactive) as stop:
@@ -261,7 +266,8 @@ class Chat:
             return None, {"role": "assistant", "content": view.content}
         self._count(result)
         if result.finish_reason != "tool_calls" or not self._only_builtins(result):
-            note(common.footer(result))
+            after = self.model.expert_stats()
+            note(common.footer(result, after - experts if after and experts else None))
         # an empty reply is still a turn: the template needs text
         return result, {**result.message, "content": result.message.get("content") or ""}
 

@@ -134,6 +134,13 @@ def _stats(chat: Chat, argument: str) -> None:
         "replies": f"{totals.replies}, {totals.completion_tokens:,} tokens, {speed:.1f} tok/s",
         "prompts": f"{totals.prompt_tokens:,} tokens, {totals.cached_tokens:,} of them reused",
     }
+    experts = chat.model.expert_stats()
+    if experts is not None:
+        rows["experts"] = (
+            f"{engine.experts.capacity:,} in memory, {experts.hit_rate:.0%} of uses there, "
+            f"{experts.read_bytes / 1e9:.1f} GB read ({engine.experts.io}), "
+            f"{experts.wait_s:.1f} s waited"
+        )
     for name, text in rows.items():
         tell(f"  {name:<12}  {text}")
 

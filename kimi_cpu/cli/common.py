@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from kimi_cpu.cli.warmup import Warmup
     from kimi_cpu.engine import Engine, Session
     from kimi_cpu.sampling import SamplingParams
+    from kimi_cpu.store.experts.residency import ExpertStats
     from kimi_cpu.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]
@@ -62,8 +63,40 @@ _OPTIONS = (
 )
 
 
+def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    if value is None:
+        return None
+    from kimi_cpu.store.experts.budget import parse_size
+
+    return parse_size(value)
+
+
+_STORE_OPTIONS = (
+    click.option(
+        "--memory", metavar="SIZE", callback=_size,
+        help="Memory to use, like 16G; default: what is available, less a tenth.",
+    ),
+    click.option(
+        "--io", type=click.Choice(["auto", "mmap", "direct"]), default="auto", show_default=True,
+        help="How experts come from the disk; auto measures once which is faster.",
+    ),
+)  # fmt: skip
+_TRACE_OPTION = click.option(
+    "--trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write to FILE which experts each token uses, for `kimi-cpu plan`.",
+)  # fmt: skip
+
+
+def store_options(command: Command) -> Command:
+    """How experts come into memory: the options of everything that computes."""
+    for option in reversed(_STORE_OPTIONS):
+        command = option(command)
+    return command
+
+
 def model_options(command: Command) -> Command:
     """The options of `chat` and `run`."""
+    command = store_options(_TRACE_OPTION(command))
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -89,6 +122,11 @@ class Loaded:
     @property
     def name(self) -> str:
         return "nano" if self.embedded else self.folder.resolve().name
+
+    def expert_stats(self) -> ExpertStats | None:
+        """What the expert store has done so far; None if all experts stay in memory anyway."""
+        store = self.engine.experts
+        return store.stats() if store.bounded else None
 
     def prompt(
         self, messages: Messages, tools: Tools, *, thinking: bool | None = None, reply: bool = True
@@ -156,8 +194,14 @@ def model_folder(named: str | None) -> Path:
     return folder
 
 
-def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
-    """Open a model folder, tokenizer and template first: they fail fastest."""
+def load_model(
+    folder: Path, threads: int | None, precision: str, *, memory: int | None = None,
+    io: str = "auto", trace: Path | None = None,
+) -> Loaded:  # fmt: skip
+    """Open a model folder, tokenizer and template first: they fail fastest.
+
+    The arguments are those of `Engine.load`.
+    """
     if threads is not None and threads < 1:
         raise UsageError(f"--threads is {threads}", "Use 1 or more.")
     status = Status()
@@ -172,7 +216,9 @@ def load_model(folder: Path, threads: int | None, precision: str) -> Loaded:
         from kimi_cpu.engine import Engine
         from kimi_cpu.kernels import isa
 
-        engine = Engine.load(folder, precision=precision, threads=threads)  # type: ignore[arg-type]
+        engine = Engine.load(
+            folder, precision=precision, threads=threads, memory=memory, io=io, trace=trace,  # type: ignore[arg-type]
+        )  # fmt: skip
         check_tokenizer(tokenizer, engine.config)
     finally:
         status.clear()
@@ -308,8 +354,11 @@ def reply_events(
         status.clear()
 
 
-def footer(result: Result) -> str:
-    """`42 tokens · 31.0 tok/s · first token 0.2 s`, and how the reply ended if oddly."""
+def footer(result: Result, experts: ExpertStats | None = None) -> str:
+    """`42 tokens · 31.0 tok/s · first token 0.2 s`, and how the reply ended if oddly.
+
+    experts: what the store did meanwhile; told if not all experts fit into memory.
+    """
     usage, timings = result.usage, result.timings
     count = usage.completion_tokens
     parts = [f"{count} token{'' if count == 1 else 's'}"]
@@ -319,6 +368,8 @@ def footer(result: Result) -> str:
     parts.append(
         f"first token {first_s:.1f} s" if first_s >= 0.1 else f"first token {first_s:.2f} s"
     )
+    if experts is not None:
+        parts.append(f"{experts.hit_rate:.0%} of experts in memory")
     if result.finish_reason == "length":
         parts.append("cut off: token limit or context reached")
     elif result.finish_reason == "cancelled":

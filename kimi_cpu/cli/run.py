@@ -7,6 +7,7 @@ import os
 import stat
 import sys
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -33,6 +34,9 @@ def command(
     tools: str | None,
     threads: int | None,
     precision: str,
+    memory: int | None,
+    io: str,
+    trace: Path | None,
     as_json: bool,
     **sampling: Any,
 ) -> None:
@@ -41,7 +45,7 @@ def command(
     text = _prompt_text(prompt)
     folder = common.model_folder(model)
     params = common.sampling_params(folder, **sampling)
-    loaded = common.load_model(folder, threads, precision)
+    loaded = common.load_model(folder, threads, precision, memory=memory, io=io, trace=trace)
     messages = common.with_system(system, [{"role": "user", "content": text}])
     from kimi_cpu.chat.generate import Result
     from kimi_cpu.cli.reply import ReplyView
@@ -59,13 +63,13 @@ def command(
             view.close()
     assert result is not None  # `generate` always ends with one
     if as_json:
-        click.echo(json.dumps(_as_json(result, loaded.name), ensure_ascii=False, indent=2))
+        click.echo(json.dumps(_as_json(result, loaded), ensure_ascii=False, indent=2))
         return
     for call in result.message.get("tool_calls", ()):
         click.echo(printable(common.call_line(call)))
     if not (result.message.get("content") or result.message.get("tool_calls")):
         note("The reply is all reasoning; --thinking-budget N makes the model come to an answer.")
-    note(common.footer(result))
+    note(common.footer(result, loaded.expert_stats()))
 
 
 def _prompt_text(words: tuple[str, ...]) -> str:
@@ -89,14 +93,20 @@ def _stdin_is_piped() -> bool:
     return stat.S_ISFIFO(mode) or stat.S_ISREG(mode) or stat.S_ISSOCK(mode)
 
 
-def _as_json(result: Result, model: str) -> dict[str, Any]:
-    message = result.message
+def _as_json(result: Result, loaded: common.Loaded) -> dict[str, Any]:
+    message, experts = result.message, loaded.engine.experts.stats()
     return {
-        "model": model,
+        "model": loaded.name,
         "text": message.get("content") or "",
         "reasoning": message.get("reasoning_content") or "",
         "tool_calls": message.get("tool_calls", []),
         "finish_reason": result.finish_reason,
         "usage": asdict(result.usage),
         "timings": {name: round(value, 4) for name, value in asdict(result.timings).items()},
+        "experts": {
+            "hit_rate": round(experts.hit_rate, 4),
+            "read_bytes": experts.read_bytes,
+            "wait_s": round(experts.wait_s, 4),
+            "lookahead_recall": round(experts.recall, 4),
+        },
     }

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from kimi_cpu.quant import F32, U8, U16, Int4Weight, PackedWeight, Weight
 
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
 
 #: "exact": float32 activations. "fast": int8 activations in groups of 32 for INT4 weights.
 Precision = Literal["exact", "fast"]
@@ -25,10 +26,6 @@ Expert = tuple[Weight, Weight, Weight]
 #: int64 [], the timeline's length before the tokens at hand. An array, so that recorded
 #: operations find the new value in the same place.
 Position = npt.NDArray[np.int64]
-
-
-class CannotReplay(Exception):
-    """A recorded pass met something that only the plain way can compute."""
 
 
 @dataclass(frozen=True)
@@ -86,46 +83,126 @@ def weight_addresses(w: Weight) -> tuple[int, int]:
     return address(values), 0
 
 
-class ExpertTable:
-    """The routed experts of one layer, each loaded (and validated) when first chosen.
+class ExpertSource(Protocol):
+    """Where a layer's experts come from; what the engine's store offers of one layer.
 
-    Keeps what compiled code needs, the addresses and kinds of every loaded projection, and the
-    Python references that keep the memory behind them alive.
+    Attributes:
+        scores, frequencies: float64 [E], numbers of its eviction policy.
+        state: float64 [2], the weight of a use now, and the policy's age.
+        counters: int64 [2], uses and hits so far.
+        chosen: int32 [K], the last token's choice.
     """
 
-    def __init__(self, load: Callable[[int], Expert], n_experts: int, width: int) -> None:
-        """`load(e)` returns the validated gate, up and down weights of expert e.
+    scores: F64
+    frequencies: F64
+    state: F64
+    counters: I64
+    chosen: I32
 
-        width: rows of every gate and up projection (moe_intermediate_size).
-        """
-        self._load = load
+    def count(self, ids: I32) -> None:
+        """A router chose these, int32 [T, K]."""
+
+    def request(self, ids: Collection[int]) -> None:
+        """They are needed next: begin to read what is missing; returns at once."""
+
+    def arrived(self, ids: Sequence[int]) -> list[int]:
+        """Those of `ids` that lie in the table by now; waits until it is at least one."""
+
+    def sweep(self, ids: Collection[int]) -> Iterator[list[int]]:
+        """All of `ids` by rising number in groups, each in the table while it is handed out."""
+
+    def anticipate(self, ids: Sequence[int]) -> None:
+        """The next pass may want these, best first."""
+
+
+class AlwaysThere:
+    """An `ExpertSource` for experts that lie in memory and stay there."""
+
+    def __init__(self, n_experts: int, top_k: int) -> None:
+        self.scores: F64 = np.zeros(n_experts)
+        self.frequencies: F64 = np.zeros(n_experts)
+        self.state: F64 = np.array([1.0, 0.0])
+        self.counters: I64 = np.zeros(2, dtype=np.int64)
+        self.chosen: I32 = np.zeros(top_k, dtype=np.int32)
+
+    def count(self, ids: I32) -> None:
+        pass
+
+    def request(self, ids: Collection[int]) -> None:
+        pass
+
+    def arrived(self, ids: Sequence[int]) -> list[int]:
+        return list(ids)
+
+    def sweep(self, ids: Collection[int]) -> Iterator[list[int]]:
+        yield sorted(ids)
+
+    def anticipate(self, ids: Sequence[int]) -> None:
+        pass
+
+
+#: `ExpertTable.kinds` of an expert that is not there, and of one whose projections are stored in
+#: different ways.
+ABSENT, MIXED = -2, -1
+
+
+class ExpertTable:
+    """The routed experts of one layer that are in memory now.
+
+    Keeps what compiled code needs, the addresses and kinds of every projection, and the Python
+    references that keep the memory behind them alive.
+
+    Attributes:
+        source: brings experts here, and takes them away.
+        width, hidden: gate and up projections are [width, hidden], down [hidden, width].
+        addresses: int64 [E, 6], value and scale addresses of gate, up and down; meaningless
+            where kinds is negative.
+        kinds: int32 [E], the KIND_* that the three projections have in common, MIXED or ABSENT.
+    """
+
+    def __init__(self, source: ExpertSource, n_experts: int, width: int, hidden: int) -> None:
+        self.source = source
         self.width = width
+        self.hidden = hidden
         self._experts: list[Expert | None] = [None] * n_experts
-        #: int64 [E, 6]: value and scale addresses of gate, up and down; 0 before the first use,
-        #: and for an expert whose projections are stored in different ways.
         self.addresses: I64 = np.zeros((n_experts, 6), dtype=np.int64)
-        #: KIND_* shared by the expert's three projections, -1 if they differ, -2 if not loaded.
-        self.kinds: I32 = np.full(n_experts, -2, dtype=np.int32)
+        self.kinds: I32 = np.full(n_experts, ABSENT, dtype=np.int32)
+
+    @classmethod
+    def of(cls, experts: Sequence[Expert], top_k: int = 1) -> Self:
+        """A table of experts that stay in memory."""
+        (width, hidden), n_experts = experts[0][0].shape, len(experts)
+        table = cls(AlwaysThere(n_experts, top_k), n_experts, width, hidden)
+        for e, weights in enumerate(experts):
+            table.put(e, weights)
+        return table
 
     def __len__(self) -> int:
         return len(self._experts)
 
     def __getitem__(self, e: int) -> Expert:
+        """gate, up and down of an expert that is there; LookupError otherwise."""
         expert = self._experts[e]
-        return expert if expert is not None else self._first_use(e)
+        if expert is None:
+            raise LookupError(f"expert {e} is not in memory")
+        return expert
 
-    def _first_use(self, e: int) -> Expert:
-        gate, up, down = self._load(e)
-        if gate.shape != up.shape or gate.shape != down.shape[::-1]:
-            raise ValueError(f"expert {e}: shapes {gate.shape}, {up.shape}, {down.shape}")
-        if gate.shape[0] != self.width:
-            raise ValueError(f"expert {e} has {gate.shape[0]} rows instead of {self.width}")
+    def put(self, expert: int, weights: Expert) -> None:
+        """This expert may be used from now on."""
+        gate, up, down = weights
+        wanted = (self.width, self.hidden)
+        if gate.shape != wanted or up.shape != wanted or down.shape != wanted[::-1]:
+            raise ValueError(
+                f"expert {expert} has shapes {gate.shape}, {up.shape}, {down.shape} instead of "
+                f"[{self.width}, {self.hidden}] and its transpose"
+            )
         row = [*weight_addresses(gate), *weight_addresses(up), *weight_addresses(down)]
-        kinds = {weight_kind(gate), weight_kind(up), weight_kind(down)}
-        if len(kinds) == 1:
-            self.kinds[e] = kinds.pop()
-            self.addresses[e] = row
-        else:  # compiled code cannot compute it as one
-            self.kinds[e] = -1
-        self._experts[e] = (gate, up, down)
-        return gate, up, down
+        kinds = {weight_kind(w) for w in weights}
+        self._experts[expert] = weights
+        self.addresses[expert] = row
+        self.kinds[expert] = kinds.pop() if len(kinds) == 1 else MIXED
+
+    def take(self, expert: int) -> None:
+        """This expert may not be used any more."""
+        self.kinds[expert] = ABSENT
+        self._experts[expert] = None

@@ -20,7 +20,7 @@ from kimi_cpu.kernels.linears import (
     split,
 )
 from kimi_cpu.kernels.mla import absorb_q, absorb_v, mla_decode, mla_prefill, store_rows_at
-from kimi_cpu.kernels.routed import moe, route
+from kimi_cpu.kernels.routed import anticipate, moe, request, route
 from kimi_cpu.kernels.threads import recording
 
 __all__ = [
@@ -29,6 +29,7 @@ __all__ = [
     "absorb_q",
     "absorb_v",
     "add",
+    "anticipate",
     "linear",
     "linear_q8",
     "mla_decode",
@@ -37,6 +38,7 @@ __all__ = [
     "project",
     "quantize_activations",
     "recording",
+    "request",
     "rmsnorm",
     "rope",
     "route",

@@ -1,19 +1,27 @@
 """The routed experts of one layer: gate, up, SwiGLU, down, and the weighted sum.
 
 The chosen (token, slot) pairs are sorted by expert. A segment is one expert with its pairs
-p in [start, stop); one token makes K segments of one pair. Both phases may be split over rows.
-A token's results are added in the order of the segments, by rising expert.
+p in [start, stop); one token makes K segments of one pair. All phases may be split over rows.
+A token's results are added by rising expert, in whatever order they were computed.
 """
 
 from __future__ import annotations
 
-from kimi_cpu.kernels.common import KIND_INT4, WITH_Q8
+from kimi_cpu.kernels.common import ABSENT, KIND_INT4, WITH_Q8
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, pack_rows
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.matmul import dot_rows
 from kimi_cpu.kernels.norm_rope import add_scaled_row, silu_mul_row, zero_row
 from kimi_cpu.kernels.rows import store_i64
-from kimi_cpu.kernels.simd import load_f32, load_i32, load_i64, store_f32
+from kimi_cpu.kernels.simd import (
+    load_f32,
+    load_f64,
+    load_i32,
+    load_i64,
+    store_f32,
+    store_f64,
+    store_i32,
+)
 
 
 @jit
@@ -29,16 +37,16 @@ def _packed(d):  # type: ignore[no-untyped-def]
 
 @jit
 def gate_up_range(  # type: ignore[no-untyped-def]
-    table, kinds, fast, segments, n_segments, pair_token, x, xq, d, gate, up, hq, width,
-    start, stop,
+    table, kinds, fast, segments, count, pair_token, x, xq, d, gate, up, hq, width, start, stop
 ):  # fmt: skip
     """Rows start .. stop-1 of silu(gate x) * up x of every pair, into gate [P, width].
 
     For quantised experts in fast mode x comes packed in xq and the result is packed into hq too, so
     start and stop must then be multiples of 32. segments: int64 [n, 3] of expert, start, stop;
-    pair_token: int64 [P], the row of x; table, kinds: of ExpertTable. All addresses.
+    count: int64 n; pair_token: int64 [P], the row of x; table, kinds: of ExpertTable. All
+    addresses.
     """
-    for s in range(n_segments):
+    for s in range(load_i64(count)):
         expert = load_i64(segments + s * 24)
         p_start, p_stop = load_i64(segments + s * 24 + 8), load_i64(segments + s * 24 + 16)
         kind = _kind(kinds, expert, fast)
@@ -59,17 +67,13 @@ def gate_up_range(  # type: ignore[no-untyped-def]
 
 @jit
 def down_range(  # type: ignore[no-untyped-def]
-    table, kinds, fast, segments, n_segments, iota, hidden, hq, width, slots, pair_token,
-    pair_weight, new_tokens, out, d, start, stop,
-):  # fmt: skip
-    """Columns start .. stop-1 of the output: down projections into slots [P, d], added to out.
+    table, kinds, fast, segments, count, iota, hidden, hq, width, slots, d, start, stop
+):
+    """Columns start .. stop-1 of the down projections of every pair, into slots [P, d].
 
-    out [T, d] gains pair_weight[p] * slots[p] in row pair_token[p]; its first new_tokens rows are
-    zeroed before. iota: int64 0, 1, ..; pair_weight float32 [P]. All addresses.
+    iota: int64 0, 1, ..; the others as for `gate_up_range`. All addresses.
     """
-    for t in range(new_tokens):
-        zero_row(out + (t * d + start) * 4, stop - start)
-    for s in range(n_segments):
+    for s in range(load_i64(count)):
         expert = load_i64(segments + s * 24)
         p_start, p_stop = load_i64(segments + s * 24 + 8), load_i64(segments + s * 24 + 16)
         kind = _kind(kinds, expert, fast)
@@ -79,25 +83,74 @@ def down_range(  # type: ignore[no-untyped-def]
             load_i64(table + expert * 48 + 32), load_i64(table + expert * 48 + 40),
             width, start, stop,
         )  # fmt: skip
-        for p in range(p_start, p_stop):
-            row = load_i64(pair_token + p * 8)
-            add_scaled_row(
-                slots + (p * d + start) * 4, pair_weight + p * 4, out + (row * d + start) * 4,
-                stop - start,
-            )  # fmt: skip
 
 
 @jit
-def group_pairs(ids, weights, segments, pair_weight, top_k):  # type: ignore[no-untyped-def]
-    """One token's pairs, sorted by expert: segments int64 [top_k, 3], pair_weight [top_k].
+def combine_range(  # type: ignore[no-untyped-def]
+    slots, n_pairs, pair_token, pair_weight, new_tokens, out, d, start, stop
+):
+    """Add pair_weight[p] * slots[p] to row pair_token[p] of out [T, d], columns start .. stop-1.
 
-    ids int32 and weights float32 [top_k] are in the router's order.
+    The first new_tokens rows of out are zeroed before. pair_weight: float32 [P]. All addresses.
     """
+    for t in range(new_tokens):
+        zero_row(out + (t * d + start) * 4, stop - start)
+    for p in range(n_pairs):
+        row = load_i64(pair_token + p * 8)
+        add_scaled_row(
+            slots + (p * d + start) * 4, pair_weight + p * 4, out + (row * d + start) * 4,
+            stop - start,
+        )  # fmt: skip
+
+
+@jit
+def count_choice(  # type: ignore[no-untyped-def]
+    ids, top_k, kinds, scores, frequencies, state, counters, chosen, missing
+):
+    """`ExpertSource.count` of one token: ids int32 [top_k]; missing: int64 [], not there of them.
+
+    What it does to the policy's numbers is `store.experts.policy.Frequency.use`.
+    """
+    weight, age, absent = load_f64(state), load_f64(state + 8), 0
     for k in range(top_k):
-        expert, place = load_i32(ids + k * 4), 0
-        for other in range(top_k):
-            place += int(load_i32(ids + other * 4) < expert)
-        store_i64(segments + place * 24, expert)
-        store_i64(segments + place * 24 + 8, place)
-        store_i64(segments + place * 24 + 16, place + 1)
+        expert = load_i32(ids + k * 4)
+        frequency = load_f64(frequencies + expert * 8) + weight
+        store_f64(frequencies + expert * 8, frequency)
+        score = age + frequency / weight
+        if score > load_f64(scores + expert * 8):
+            store_f64(scores + expert * 8, score)
+        absent += int(load_i32(kinds + expert * 4) == ABSENT)
+        store_i32(chosen + k * 4, expert)
+    store_i64(counters, load_i64(counters) + top_k)
+    store_i64(counters + 8, load_i64(counters + 8) + top_k - absent)
+    store_i64(missing, absent)
+
+
+@jit
+def sort_pairs(  # type: ignore[no-untyped-def]
+    ids, weights, kinds, ready, late, counts, pair_weight, top_k
+):
+    """One token's pairs, numbered by rising expert, in two lists of segments.
+
+    ids int32 and weights float32 [top_k] are in the router's order. ready and late: int64
+    [top_k, 3], experts that are there and those that are not (or are MIXED); counts: int64 [2],
+    how many of each; pair_weight: float32 [top_k]. All addresses.
+    """
+    n_ready, n_late = 0, 0
+    for place in range(top_k):
+        for k in range(top_k):
+            expert, smaller = load_i32(ids + k * 4), 0
+            for other in range(top_k):
+                smaller += int(load_i32(ids + other * 4) < expert)
+            if smaller == place:
+                break
+        if load_i32(kinds + expert * 4) >= 0:
+            segment, n_ready = ready + n_ready * 24, n_ready + 1
+        else:
+            segment, n_late = late + n_late * 24, n_late + 1
+        store_i64(segment, expert)
+        store_i64(segment + 8, place)
+        store_i64(segment + 16, place + 1)
         store_f32(pair_weight + place * 4, load_f32(weights + k * 4))
+    store_i64(counts, n_ready)
+    store_i64(counts + 8, n_late)

@@ -12,7 +12,13 @@ from kimi_cpu.kernels.attention import (
 from kimi_cpu.kernels.attention_absorb import absorb_q_range
 from kimi_cpu.kernels.int4 import pack_rows
 from kimi_cpu.kernels.matmul import matmul_range
-from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
+from kimi_cpu.kernels.moe import (
+    combine_range,
+    count_choice,
+    down_range,
+    gate_up_range,
+    sort_pairs,
+)
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
 from kimi_cpu.kernels.router import route_rows
 from kimi_cpu.kernels.rows import add_rows, split_rows, store_i64, store_rows
@@ -32,12 +38,22 @@ def gate_up(args, start, stop):  # type: ignore[no-untyped-def]
 
 @op_of(down_range)
 def down(args, start, stop):  # type: ignore[no-untyped-def]
-    down_range(*load_args(args, 15), start, stop)
+    down_range(*load_args(args, 11), start, stop)
 
 
-@op_of(group_pairs)
-def group(args, start, stop):  # type: ignore[no-untyped-def]
-    group_pairs(*load_args(args, 5))
+@op_of(combine_range)
+def combine(args, start, stop):  # type: ignore[no-untyped-def]
+    combine_range(*load_args(args, 7), start, stop)
+
+
+@op_of(count_choice)
+def count(args, start, stop):  # type: ignore[no-untyped-def]
+    count_choice(*load_args(args, 9))
+
+
+@op_of(sort_pairs)
+def sort(args, start, stop):  # type: ignore[no-untyped-def]
+    sort_pairs(*load_args(args, 8))
 
 
 # Positions are read when an operation is played, so that a tape serves every token.

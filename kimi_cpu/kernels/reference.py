@@ -7,6 +7,8 @@ All arrays are float32 unless noted; bf16 tensors are uint16 bits.
 
 from __future__ import annotations
 
+from itertools import chain
+
 import numpy as np
 
 from kimi_cpu.kernels.common import I32, Q8, ExpertTable, Position, Precision
@@ -62,6 +64,17 @@ def project(x: F32, w: Weight, precision: Precision, threads: int = 1) -> F32:
     return linear(x, w)
 
 
+def request(experts: ExpertTable, ids: I32) -> None:
+    """A router chose these experts, int32 [T, K] (distinct in a row): `moe` will want them."""
+    experts.source.count(ids)
+    experts.source.request(np.unique(ids).tolist())
+
+
+def anticipate(experts: ExpertTable, ids: I32) -> None:
+    """The next pass may want these, int32 [1, K], best first: they may be read meanwhile."""
+    experts.source.anticipate(ids[0].tolist())
+
+
 def moe(
     x: F32, experts: ExpertTable, ids: I32, weights: F32, precision: Precision, threads: int = 1
 ) -> F32:
@@ -69,11 +82,12 @@ def moe(
 
     Row t is the sum, by rising expert id, of
     weights[t, k] * down(silu(gate x_t) * up x_t) of expert ids[t, k].
-    Only chosen experts are touched. Quantised projections of "fast" precision see int8 activations.
+    Only chosen experts are touched, after a `request` for them. Quantised projections of "fast"
+    precision see int8 activations.
     """
     out = np.zeros_like(x)
-    for e in np.unique(ids):
-        gate, up, down = experts[int(e)]
+    for e in chain.from_iterable(experts.source.sweep(np.unique(ids).tolist())):
+        gate, up, down = experts[e]
         tokens, slot = np.nonzero(ids == e)
         hidden = silu_mul(project(x[tokens], gate, precision), project(x[tokens], up, precision))
         out[tokens] += weights[tokens, slot, None] * project(hidden, down, precision)

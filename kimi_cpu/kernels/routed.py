@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,6 @@ import numpy as np
 from kimi_cpu.kernels.common import (
     I32,
     I64,
-    CannotReplay,
     ExpertTable,
     Precision,
     address,
@@ -24,155 +24,218 @@ from kimi_cpu.kernels.linears import (
     quantize_activations,
     silu_mul,
 )
-from kimi_cpu.kernels.moe import down_range, gate_up_range, group_pairs
+from kimi_cpu.kernels.moe import (
+    combine_range,
+    count_choice,
+    down_range,
+    gate_up_range,
+    sort_pairs,
+)
 from kimi_cpu.kernels.router import route_rows
 from kimi_cpu.kernels.threads import active_tape, empty, run
-from kimi_cpu.quant import F32, GROUP_SIZE
+from kimi_cpu.quant import F32, GROUP_SIZE, Weight
 
 #: Pairs of a token and an expert processed at once: bounds the memory of intermediate results.
 MOE_PAIRS = 4096
+
+
+def request(experts: ExpertTable, ids: I32) -> None:
+    """As `reference.request`: ids int32 [T, K]."""
+    source = experts.source
+    if len(ids) != 1:
+        source.count(ids)
+        source.request(np.unique(ids).tolist())
+        return
+    missing = empty((), np.int64)
+    numbers = (source.scores, source.frequencies, source.state, source.counters, source.chosen)
+    args = (
+        address(ids), ids.shape[1], address(experts.kinds), *(address(n) for n in numbers),
+        address(missing),
+    )  # fmt: skip
+    run(count_choice, args, (experts, ids, missing), 1)
+
+    def ask() -> None:
+        source.request(ids[0].tolist())
+
+    tape = active_tape()
+    if tape is not None:
+        tape.call_if(missing, ask)
+    elif missing:
+        ask()
+
+
+def anticipate(experts: ExpertTable, ids: I32) -> None:
+    """As `reference.anticipate`: ids int32 [1, K]."""
+    tape = active_tape()
+    if tape is None:
+        experts.source.anticipate(ids[0].tolist())
+    else:
+        tape.call_if(np.ones((), np.int64), lambda: experts.source.anticipate(ids[0].tolist()))
 
 
 def moe(
     x: F32, experts: ExpertTable, ids: I32, weights: F32, precision: Precision, threads: int = 1
 ) -> F32:
     """As `reference.moe`: x [T, D], ids int32 [T, K], weights [T, K] -> [T, D]."""
-    check(x, None, None)
+    check(x, None, experts.hidden)
     check(weights, len(x), None)
     if ids.shape != weights.shape:
         raise ValueError(f"ids {ids.shape} and weights {weights.shape} differ in shape")
-    out = empty(x.shape)
+    tape = active_tape()
+    if tape is None and not (ids.min() >= 0 and ids.max() < len(experts)):
+        raise ValueError(f"expert ids outside 0 .. {len(experts) - 1}")
+    xq = None
+    if precision == "fast" and x.shape[1] % GROUP_SIZE == experts.width % GROUP_SIZE == 0:
+        # float32 or bf16 experts do not read it; the cost is a few microseconds.
+        xq = quantize_activations(x)
+    work = _Experts(x, xq, experts, precision, threads)
     if len(x) == 1:
-        _moe_token(x, experts, ids, weights, precision, threads, out)
-        return out
+        return _moe_token(work, ids, weights)
+    out = empty(x.shape)
     out[:] = 0
     flat = ids.ravel()
     order = np.argsort(flat, kind="stable")  # pairs (token, slot), sorted by expert
     ordered = flat[order].astype(np.int64)
     starts = np.flatnonzero(np.r_[True, ordered[1:] != ordered[:-1]])
     segments = np.stack([ordered[starts], starts, np.r_[starts[1:], flat.size]], axis=1)
-    if segments[0, 0] < 0 or segments[-1, 0] >= len(experts):
-        raise ValueError(f"expert ids outside 0 .. {len(experts) - 1}")
     pair_token, pair_weight = order // ids.shape[1], weights.ravel()[order]
-    quantise = precision == "fast" and x.shape[1] % GROUP_SIZE == experts.width % GROUP_SIZE == 0
-    xq = quantize_activations(x) if quantise else None
-    first = 0
-    while first < len(segments):  # some experts at a time: bounds the intermediate results
-        n = max(1, int(np.sum(segments[first:, 2] - segments[first, 1] <= MOE_PAIRS)))
-        part = segments[first : first + n]
-        begin, end = int(part[0, 1]), int(part[-1, 2])
-        pairs = _Pairs(part - [0, begin, begin], pair_token[begin:end], pair_weight[begin:end])
-        _moe_part(x, xq, experts, pairs, precision, threads, out)
-        first += n
+    for group in experts.source.sweep(segments[:, 0].tolist()):
+        mine, segments = segments[: len(group)], segments[len(group) :]
+        while len(mine):  # some at a time: bounds the intermediate results
+            n = max(1, int(np.sum(mine[:, 2] - mine[0, 1] <= MOE_PAIRS)))
+            part, mine = mine[:n], mine[n:]
+            begin, end = int(part[0, 1]), int(part[-1, 2])
+            pairs = _Pairs(pair_token[begin:end], pair_weight[begin:end])
+            slots = work.compute(part - [0, begin, begin], pairs)
+            work.combine(slots, pairs, 0, out)
     return out
 
 
 class _Pairs(NamedTuple):
     """Chosen (token, slot) pairs, sorted by expert."""
 
-    segments: I64  # [n, 3]: expert, its first pair, the end of its pairs
     token: I64  # [P], row of x
     weight: F32  # [P]
 
 
-def _moe_part(
-    x: F32, xq: PackedQ8 | None, experts: ExpertTable, pairs: _Pairs, precision: Precision,
-    threads: int, out: F32,
-) -> None:  # fmt: skip
-    """Add what the pairs' experts compute to out [T, D]."""
-    chosen = pairs.segments[:, 0].tolist()
-    cost = 0
-    for e in chosen:  # the first use of an expert loads and validates it
-        if experts[e][0].shape != (experts.width, x.shape[1]):
-            raise ValueError(f"expert {e} has shape {experts[e][0].shape} for {x.shape[1]} inputs")
-        cost += experts[e][0].nbytes
-    cost *= 1 + len(pairs.token) // len(chosen) // 8
-    if any(experts.kinds[e] < 0 for e in chosen):
-        _moe_mixed(x, experts, pairs, precision, threads, out)
-    else:
-        _run_experts(x, xq, experts, pairs, precision == "fast", threads, cost, 0, out)
+class _Slots(NamedTuple):
+    """What is computed for pairs."""
+
+    gate: F32  # [P, I], then the hidden activations
+    up: F32  # [P, I]
+    hidden: PackedQ8 | None  # the hidden activations quantised, [P, I]
+    out: F32  # [P, D]
 
 
-def _moe_token(
-    x: F32, experts: ExpertTable, ids: I32, weights: F32, precision: Precision, threads: int,
-    out: F32,
-) -> None:  # fmt: skip
+def _moe_token(work: _Experts, ids: I32, weights: F32) -> F32:
     """One token: every chosen expert has one pair, and nothing depends on which they are.
 
-    So this can be recorded: the experts' addresses are looked up when the tape is played.
+    So this can be recorded. What is there is computed first, the rest as it comes.
     """
-    top_k, d = ids.shape[1], x.shape[1]
-    segments, sorted_weights = empty((top_k, 3), np.int64), empty((top_k,))
-    sort = (address(ids), address(weights), address(segments), address(sorted_weights), top_k)
-    run(group_pairs, sort, (ids, weights, segments, sorted_weights), 1)
-    pairs = _Pairs(segments, np.zeros(top_k, np.int64), sorted_weights)
+    experts, top_k = work.experts, ids.shape[1]
+    ready, late = empty((top_k, 3), np.int64), empty((top_k, 3), np.int64)
+    counts, sorted_weights = empty((2,), np.int64), empty((top_k,))
+    sort = (
+        address(ids), address(weights), address(experts.kinds), address(ready), address(late),
+        address(counts), address(sorted_weights), top_k,
+    )  # fmt: skip
+    keep = (experts, ids, weights, ready, late, counts, sorted_weights)
+    run(sort_pairs, sort, keep, 1)
+    pairs = _Pairs(np.zeros(top_k, np.int64), sorted_weights)
+    slots = work.slots(top_k)
+    work.run(ready, counts[:1], pairs, slots, top_k)
 
-    def load() -> None:
-        for e in segments[:, 0].tolist():
-            if not 0 <= e < len(experts):
-                raise ValueError(f"expert ids outside 0 .. {len(experts) - 1}")
-            if experts[e][0].shape[1] != d:
-                raise ValueError(f"expert {e} has shape {experts[e][0].shape} for {d} inputs")
+    def finish() -> None:
+        place_of = dict(late[: counts[1], :2].tolist())
+        while place_of:
+            here = experts.source.arrived(list(place_of))
+            places = [place_of.pop(e) for e in here]
+            segments = np.array([here, places, [p + 1 for p in places]], dtype=np.int64).T
+            work.fill(np.ascontiguousarray(segments), pairs, slots)
 
     tape = active_tape()
-    if tape is None:
-        load()
-        if any(experts.kinds[e] < 0 for e in segments[:, 0].tolist()):
-            out[:] = 0
-            _moe_mixed(x, experts, pairs, precision, threads, out)
-            return
-    else:
-
-        def load_for_tape() -> None:
-            load()
-            if any(experts.kinds[e] < 0 for e in segments[:, 0].tolist()):
-                raise CannotReplay("experts whose projections are stored in different ways")
-
-        tape.need_experts(segments, experts.addresses, load_for_tape)
-    xq = None
-    if precision == "fast" and d % GROUP_SIZE == experts.width % GROUP_SIZE == 0:
-        # float32 or bf16 experts do not read it; the cost is a few microseconds.
-        xq = quantize_activations(x)
-    cost = top_k * experts.width * d // 2
-    _run_experts(x, xq, experts, pairs, precision == "fast", threads, cost, 1, out)
+    if tape is not None:
+        tape.call_if(counts[1:].reshape(()), finish)
+    elif counts[1]:
+        finish()
+    out = empty(work.x.shape)
+    work.combine(slots, pairs, 1, out)
+    return out
 
 
-def _run_experts(
-    x: F32, xq: PackedQ8 | None, experts: ExpertTable, pairs: _Pairs, fast: bool, threads: int,
-    cost: int, new_tokens: int, out: F32,
-) -> None:  # fmt: skip
-    """Both phases over the pairs; the first new_tokens rows of out are zeroed before."""
-    n_pairs, d, width = len(pairs.token), x.shape[1], experts.width
-    gate, up, slots = empty((n_pairs, width)), empty((n_pairs, width)), empty((n_pairs, d))
-    hq = None if xq is None else packed_buffer(n_pairs, width)
-    keep: tuple[object, ...] = (x, experts, *pairs, out, gate, up, slots, xq, hq)
-    hq_address = 0 if hq is None else address(hq)
-    shared = (
-        address(experts.addresses), address(experts.kinds), int(fast), address(pairs.segments),
-        len(pairs.segments),
-    )  # fmt: skip
-    up_args = (
-        *shared, address(pairs.token), address(x), 0 if xq is None else address(xq.data), d,
-        address(gate), address(up), hq_address, width,
-    )  # fmt: skip
-    run(gate_up_range, up_args, keep, width, GROUP_SIZE, threads, 2 * cost)
-    down_args = (
-        *shared, iota_address(n_pairs), address(gate), hq_address, width, address(slots),
-        address(pairs.token), address(pairs.weight), new_tokens, address(out), d,
-    )  # fmt: skip
-    run(down_range, down_args, keep, d, ROW_GRAIN, threads, cost)
+@dataclass(frozen=True)
+class _Experts:
+    """The experts of one layer at work on x [T, D]."""
 
+    x: F32
+    xq: PackedQ8 | None
+    experts: ExpertTable
+    precision: Precision
+    threads: int
 
-def _moe_mixed(
-    x: F32, experts: ExpertTable, pairs: _Pairs, precision: Precision, threads: int, out: F32
-) -> None:
-    """Experts whose projections are stored in different ways: one call a projection."""
-    for e, start, stop in pairs.segments.tolist():
-        gate, up, down = experts[e]
-        tokens = pairs.token[start:stop]
-        v = np.ascontiguousarray(x[tokens])
-        h = silu_mul(project(v, gate, precision, threads), project(v, up, precision, threads))
-        out[tokens] += pairs.weight[start:stop, None] * project(h, down, precision, threads)
+    def slots(self, n_pairs: int) -> _Slots:
+        width, hidden = self.experts.width, self.experts.hidden
+        packed = None
+        if self.xq is not None:
+            packed = PackedQ8(packed_buffer(n_pairs, width), (n_pairs, width))
+        return _Slots(
+            empty((n_pairs, width)), empty((n_pairs, width)), packed, empty((n_pairs, hidden))
+        )
+
+    def compute(self, segments: I64, pairs: _Pairs) -> _Slots:
+        """Slots of all pairs; segments [n, 3]: expert, its first pair, the end of its pairs."""
+        slots = self.slots(len(pairs.token))
+        self.fill(segments, pairs, slots)
+        return slots
+
+    def fill(self, segments: I64, pairs: _Pairs, slots: _Slots) -> None:
+        """Compute the pairs of these segments, whose experts are in the table."""
+        mixed = self.experts.kinds[segments[:, 0]] < 0
+        for expert, start, stop in segments[mixed].tolist():
+            gate, up, down = self.experts[expert]
+            x = np.ascontiguousarray(self.x[pairs.token[start:stop]])
+            hidden = silu_mul(self._project(x, gate), self._project(x, up))
+            slots.out[start:stop] = self._project(hidden, down)
+        rest = np.ascontiguousarray(segments[~mixed])
+        if len(rest):
+            count = np.array([len(rest)], dtype=np.int64)
+            n_pairs = int((rest[:, 2] - rest[:, 1]).sum())
+            self.run(rest, count, pairs, slots, len(rest) * (1 + n_pairs // len(rest) // 8))
+
+    def run(self, segments: I64, count: I64, pairs: _Pairs, slots: _Slots, work: int) -> None:
+        """The two phases; count: int64 [1], how many segments; work: about so many experts."""
+        experts, d, width = self.experts, self.experts.hidden, self.experts.width
+        hq = 0 if slots.hidden is None else address(slots.hidden.data)
+        keep = (self, segments, count, *pairs, *slots)
+        shared = (
+            address(experts.addresses), address(experts.kinds), int(self.precision == "fast"),
+            address(segments), address(count),
+        )  # fmt: skip
+        up_args = (
+            *shared, address(pairs.token), address(self.x),
+            0 if self.xq is None else address(self.xq.data), d, address(slots.gate),
+            address(slots.up), hq, width,
+        )  # fmt: skip
+        cost = work * width * d // 2
+        run(gate_up_range, up_args, keep, width, GROUP_SIZE, self.threads, 2 * cost)
+        down_args = (
+            *shared, iota_address(len(pairs.token)), address(slots.gate), hq, width,
+            address(slots.out), d,
+        )  # fmt: skip
+        run(down_range, down_args, keep, d, ROW_GRAIN, self.threads, cost)
+
+    def combine(self, slots: _Slots, pairs: _Pairs, new_tokens: int, out: F32) -> None:
+        """Add all slots to out [T, D], whose first new_tokens rows are zeroed before."""
+        n_pairs = len(pairs.token)
+        args = (
+            address(slots.out), n_pairs, address(pairs.token), address(pairs.weight), new_tokens,
+            address(out), out.shape[1],
+        )  # fmt: skip
+        cost = slots.out.nbytes // 4  # they lie in the caches
+        run(combine_range, args, (*slots, *pairs, out), out.shape[1], ROW_GRAIN, self.threads, cost)
+
+    def _project(self, x: F32, w: Weight) -> F32:
+        return project(x, w, self.precision, self.threads)
 
 
 def route(

@@ -49,8 +49,9 @@ _FIELD = (1 << 20) - 1
 _SPIN_TURNS = 4000
 
 # A tape entry: operation, rows (or minus the address of their number), rows a chunk, words of
-# arguments, and the arguments. Operation 0 checks that experts are loaded, see `Tape.need_experts`.
+# arguments, and the arguments. Operation 0 stops the tape for Python, see `Tape.call_if`.
 _HEAD = 4
+_CALL_WORDS = _HEAD + 1
 
 
 @literal_intrinsic
@@ -223,10 +224,8 @@ def _play(team, tape, position, end):  # type: ignore[no-untyped-def]
         if total < 0:
             total = load_i64(-total)
         if op == 0:
-            segments, n_segments, addresses = load_args(args, 3)
-            for i in range(n_segments):
-                if load_i64(addresses + load_i64(segments + 24 * i) * 48) == 0:
-                    return position
+            if load_i64(load_i64(args)) != 0:
+                return position
         else:
             chunks = (total + grain - 1) // grain
             if chunks == 1 or team == 0:
@@ -341,7 +340,7 @@ class Tape:
         self._buffers: list[npt.NDArray[np.uint8]] = []
         #: Work space that recorded operations have in common, by whatever names it.
         self.shared: dict[Any, npt.NDArray[np.uint8]] = {}
-        self._loaders: dict[int, Callable[[], None]] = {}
+        self._calls: dict[int, Callable[[], None]] = {}
         self._parallel = False
 
     def add(self, op: Op, args: Sequence[int], keep: Sequence[Any], total: int, grain: int) -> None:
@@ -350,22 +349,16 @@ class Tape:
         self._keep += keep
         self._parallel |= total < 0 or grain < total
 
-    def need_experts(
-        self,
-        segments: npt.NDArray[np.int64],
-        addresses: npt.NDArray[np.int64],
-        load: Callable[[], None],
-    ) -> None:
-        """Append a check: unless all experts of `segments` are loaded, call `load` first.
+    def call_if(self, condition: npt.NDArray[np.int64], function: Callable[[], None]) -> None:
+        """Append a call of `function`, made if an earlier operation has set `condition`.
 
         Args:
-            segments: int64 [n, 3], its first column the experts, filled when the tape is played.
-            addresses: int64 [E, 6] of an `ExpertTable`, 0 where an expert is not loaded.
-            load: loads what `segments` says.
+            condition: int64 [], not 0 if the function is to be called.
+            function: may run operations of its own; what it raises ends `play`.
         """
-        self._loaders[len(self._recorded)] = load
-        self._recorded += [0, 0, 1, 3, address(segments), len(segments), address(addresses)]
-        self._keep += [segments, addresses]
+        self._calls[len(self._recorded)] = function
+        self._recorded += [0, 0, 1, 1, address(condition)]
+        self._keep.append(condition)
 
     def empty(self, shape: tuple[int, ...], dtype: Any) -> npt.NDArray[Any]:
         """Memory for an intermediate result, taken from one that nobody refers to any more.
@@ -388,11 +381,11 @@ class Tape:
         if self._words is None:
             self._words = np.array(self._recorded, dtype=np.int64)
         tape, end, position = address(self._words), self._words.size, 0
-        while True:
+        while position < end:
             position = _lead_team(tape, position, end, threads if self._parallel else 1)
-            if position >= end:
-                return
-            self._loaders[position]()
+            if position < end:
+                self._calls[position]()
+                position += _CALL_WORDS
 
 
 _state = threading.local()

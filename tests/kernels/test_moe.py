@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from kimi_cpu.kernels import fast, reference, routed
-from kimi_cpu.kernels.common import ExpertTable
+from kimi_cpu.kernels.common import ABSENT, AlwaysThere, Expert, ExpertTable
+from kimi_cpu.store.experts.policy import Frequency
 
 
 def make_table(inputs, kinds, n_experts, d, width):
-    """A table of random experts; `loads` records which were touched."""
+    """A table of random experts."""
     experts = [
         tuple(
             inputs.weight(kind, *shape)
@@ -18,13 +19,7 @@ def make_table(inputs, kinds, n_experts, d, width):
         )
         for _ in range(n_experts)
     ]
-    loads: list[int] = []
-
-    def load(e):
-        loads.append(e)
-        return experts[e]
-
-    return ExpertTable(load, n_experts, width), loads
+    return ExpertTable.of(experts)
 
 
 def choose(inputs, n, n_experts, top_k):
@@ -42,7 +37,7 @@ def choose(inputs, n, n_experts, top_k):
      (40, 64, 32, 5, 2)],
 )  # fmt: skip
 def test_moe(inputs, close, precision, kinds, n, d, width, n_experts, top_k):
-    table, _ = make_table(inputs, kinds, n_experts, d, width)
+    table = make_table(inputs, kinds, n_experts, d, width)
     x = inputs.f32(n, d)
     ids, weights = choose(inputs, n, n_experts, top_k)
     want = reference.moe(x, table, ids, weights, precision)
@@ -55,24 +50,136 @@ def test_moe(inputs, close, precision, kinds, n, d, width, n_experts, top_k):
 
 @pytest.mark.parametrize("n", [1, 5])
 def test_odd_widths_without_int4(inputs, close, n):
-    table, _ = make_table(inputs, ("bf16",) * 3, 4, 51, 37)
+    table = make_table(inputs, ("bf16",) * 3, 4, 51, 37)
     x = inputs.f32(n, 51)
     ids, weights = choose(inputs, n, 4, 2)
     close(fast.moe(x, table, ids, weights, "fast"), reference.moe(x, table, ids, weights, "fast"))
 
 
-def test_only_chosen_experts_are_loaded_and_once(inputs):
-    table, loads = make_table(inputs, ("int4",) * 3, 9, 32, 32)
-    x, weights = inputs.f32(2, 32), np.ones((2, 2), np.float32)
-    for _ in range(2):
-        fast.moe(x, table, np.array([[7, 2], [2, 5]], np.int32), weights, "fast")
-    assert sorted(loads) == [2, 5, 7]
+class Slow(AlwaysThere):
+    """Experts that come when asked for, in an order of its own, and go after the pass."""
+
+    def __init__(self, n_experts: int, top_k: int, at_once: int) -> None:
+        super().__init__(n_experts, top_k)
+        self.at_once = at_once
+        self.experts: list[Expert] = []
+        self.table: ExpertTable | None = None
+        self.asked: list[list[int]] = []
+        self.counted: list[list[list[int]]] = []
+
+    def count(self, ids):
+        self.counted.append(ids.tolist())
+
+    def request(self, ids):
+        self.asked.append(sorted(ids))
+
+    def arrived(self, ids):
+        here = sorted(ids, key=lambda e: e * 7 % 5)[: self.at_once]
+        for e in here:
+            self.table.put(e, self.experts[e])
+        return here
+
+    def sweep(self, ids):
+        left = sorted(ids)
+        while left:
+            group, left = left[: self.at_once], left[self.at_once :]
+            for e in group:
+                self.table.put(e, self.experts[e])
+            yield group
+            for e in group:
+                self.table.take(e)
+
+
+def make_slow(table, top_k, at_once):
+    """The same experts, none of which is there."""
+    source = Slow(len(table), top_k, at_once)
+    source.experts = [table[e] for e in range(len(table))]
+    source.table = ExpertTable(source, len(table), table.width, table.hidden)
+    return source
+
+
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("kinds", [("int4",) * 3, ("bf16", "int4", "f32")])
+def test_how_experts_come_changes_nothing(inputs, precision, n, kinds):
+    table = make_table(inputs, kinds, 9, 64, 32)
+    x = inputs.f32(n, 64)
+    ids, weights = choose(inputs, n, 9, 4)
+    want = fast.moe(x, table, ids, weights, precision)
+    chosen = np.unique(ids).tolist()
+    for at_once in (1, 2, 9):
+        source = make_slow(table, 4, at_once)
+        for e in chosen[1:3]:  # some are there
+            source.table.put(e, source.experts[e])
+        fast.request(source.table, ids)
+        got = fast.moe(x, source.table, ids, weights, precision)
+        np.testing.assert_array_equal(got, want)
+        assert source.asked == [chosen]
+        if n == 1:  # the count is compiled
+            assert source.counters.tolist() == [4, 2] and source.counted == []
+            np.testing.assert_array_equal(source.chosen, ids[0])
+        else:
+            assert source.counted == [ids.tolist()]
+    if n > 1 and kinds[0] == "int4":
+        source = make_slow(table, 4, 2)
+        reference.request(source.table, ids)
+        got = reference.moe(x, source.table, ids, weights, precision)
+        np.testing.assert_array_equal(got, reference.moe(x, table, ids, weights, precision))
+        assert source.asked == [chosen]
+
+
+def test_a_recorded_token_waits_for_its_experts(inputs):
+    table = make_table(inputs, ("int4",) * 3, 8, 64, 32)
+    source = make_slow(table, 3, 2)
+    x = inputs.f32(1, 64)
+    ids, weights = choose(inputs, 1, 8, 3)
+    with fast.recording() as tape:
+        fast.request(source.table, ids)
+        out = fast.moe(x, source.table, ids, weights, "fast")
+    for _ in range(12):
+        ids[:], weights[:] = choose(inputs, 1, 8, 3)
+        x[:] = inputs.f32(1, 64)
+        missing = [e for e in sorted(ids[0].tolist()) if source.table.kinds[e] == ABSENT]
+        source.asked.clear()
+        tape.play(1)
+        np.testing.assert_array_equal(out, fast.moe(x, table, ids, weights, "fast"))
+        assert source.asked == ([sorted(ids[0].tolist())] if missing else [])
+        source.table.take(int(ids[0, 0]))
+
+
+def test_compiled_counting_is_the_policys(inputs):
+    """What `count_choice` does to a policy's arrays is what its own `use` does."""
+    ours, theirs = Frequency(12), Frequency(12)
+    source = AlwaysThere(12, 3)
+    source.scores, source.frequencies, source.state = ours.scores, ours.frequencies, ours.state
+    table = ExpertTable(source, 12, 32, 32)
+    for t in range(40):
+        ids, _ = choose(inputs, 1, 12, 3)
+        fast.request(table, ids)
+        for e in ids[0].tolist():
+            theirs.use(e)
+        for policy in (ours, theirs):
+            policy.tick()
+            policy.admit(t % 12)
+            policy.evict()
+        np.testing.assert_array_equal(ours.scores, theirs.scores)
+        np.testing.assert_array_equal(ours.frequencies, theirs.frequencies)
+    assert source.counters.tolist() == [120, 0]  # none of them was there
+
+
+def test_experts_of_other_shapes_are_refused(inputs):
+    table = make_table(inputs, ("int4",) * 3, 2, 64, 32)
+    with pytest.raises(ValueError, match="shapes"):
+        table.put(0, (inputs.weight("int4", 32, 64),) * 3)
+    table.take(1)
+    with pytest.raises(LookupError, match="expert 1"):
+        table[1]
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 @pytest.mark.parametrize("kind", ["int4", "packed4", "packed8", "bf16"])
 def test_a_token_does_not_see_its_neighbours(inputs, close, precision, kind):
-    table, _ = make_table(inputs, (kind,) * 3, 5, 96, 64)
+    table = make_table(inputs, (kind,) * 3, 5, 96, 64)
     x = inputs.f32(12, 96)
     ids, weights = choose(inputs, 12, 5, 3)
     together = fast.moe(x, table, ids, weights, precision)
@@ -88,7 +195,7 @@ def test_a_token_does_not_see_its_neighbours(inputs, close, precision, kind):
 
 
 def test_parts_of_a_long_prompt(inputs, monkeypatch):
-    table, _ = make_table(inputs, ("int4",) * 3, 4, 64, 32)
+    table = make_table(inputs, ("int4",) * 3, 4, 64, 32)
     x = inputs.f32(11, 64)
     ids, weights = choose(inputs, 11, 4, 2)
     whole = fast.moe(x, table, ids, weights, "fast")
@@ -100,7 +207,7 @@ def test_parts_of_a_long_prompt(inputs, monkeypatch):
 @pytest.mark.parametrize("n", [1, 9])
 def test_threads_do_not_change_the_result(inputs, monkeypatch, n, precision):
     monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
-    table, _ = make_table(inputs, ("int4",) * 3, 6, 160, 96)
+    table = make_table(inputs, ("int4",) * 3, 6, 160, 96)
     x = inputs.f32(n, 160)
     ids, weights = choose(inputs, n, 6, 4)
     one = fast.moe(x, table, ids, weights, precision, threads=1)
@@ -110,7 +217,7 @@ def test_threads_do_not_change_the_result(inputs, monkeypatch, n, precision):
 
 
 def test_ids_outside_the_table_are_refused(inputs):
-    table, _ = make_table(inputs, ("int4",) * 3, 4, 32, 32)
+    table = make_table(inputs, ("int4",) * 3, 4, 32, 32)
     for bad in (4, -1):
         with pytest.raises(ValueError, match="expert ids"):
             fast.moe(

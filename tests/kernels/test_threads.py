@@ -88,23 +88,30 @@ def test_a_tape_reuses_memory_that_nobody_refers_to():
         assert address(third) == at and third.shape == (5, 10)
 
 
-def test_a_tape_stops_for_experts_that_are_not_loaded():
-    segments = np.array([[3, 0, 1], [1, 1, 2]], dtype=np.int64)
-    addresses = np.zeros((4, 6), dtype=np.int64)
-    seen, loads = np.zeros(4, dtype=np.int64), []
+def test_a_tape_calls_python_where_a_condition_is_set():
+    condition, never = np.array(1, dtype=np.int64), np.zeros((), dtype=np.int64)
+    seen, calls = np.zeros(4, dtype=np.int64), []
 
-    def load():
-        loads.append(segments[:, 0].tolist())
-        addresses[segments[:, 0]] = 1
+    def call():
+        calls.append(seen.tolist())
+        pool.run(count_rows, (address(seen),), (seen,), 1)  # not recorded, done at once
 
     with pool.recording() as tape:
         pool.run(count_rows, (address(seen),), (seen,), 2)
-        tape.need_experts(segments, addresses, load)
+        tape.call_if(condition, call)
+        tape.call_if(never, lambda: calls.append("never"))
         pool.run(count_rows, (address(seen),), (seen,), 4)
+        tape.call_if(condition, lambda: calls.append("last"))
     tape.play(threads=1)
+    condition[()] = 0
     tape.play(threads=2)
-    assert loads == [[3, 1]]
-    assert seen.tolist() == [4, 4, 2, 2]
+    assert calls == [[1, 1, 0, 0], "last"]
+    assert seen.tolist() == [5, 4, 2, 2]
+    condition[()] = 1
+    with pool.recording() as failing:
+        failing.call_if(condition, lambda: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        failing.play(threads=2)
 
 
 def test_workers_sleep_when_there_is_nothing_to_do():

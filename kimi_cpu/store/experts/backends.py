@@ -207,7 +207,9 @@ class DirectBackend(Backend):
         self._slot_bytes = slot_bytes
         self._files: dict[Path, tuple[_Descriptor, bool]] = {}  # and whether past the cache
         self._open_lock = threading.Lock()
-        memory = mmap.mmap(-1, n_slots * slot_bytes + HUGE_PAGE)  # pages come when first written
+        # Pages come when first written; only private ones may be huge and can be given back.
+        private = {} if sys.platform == "win32" else {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANON}
+        memory = mmap.mmap(-1, n_slots * slot_bytes + HUGE_PAGE, **private)
         whole = np.frombuffer(memory, dtype=np.uint8)
         skip = -whole.ctypes.data % HUGE_PAGE
         self._slab: U8 = whole[skip : skip + n_slots * slot_bytes]

@@ -49,7 +49,7 @@ class Budget:
         trunk_bytes: weights that every token passes; without the embedding, of which a token
             reads one row.
         reserve_bytes: RESERVE_BYTES.
-        slot_bytes: what the largest expert takes (the average one, if all fit).
+        slot_bytes: what the largest expert takes.
         n_experts: all routed experts of the model.
         top_k: those that a token needs in one layer.
         given: whether the user said how much.
@@ -116,15 +116,14 @@ def make_budget(checkpoint: Checkpoint, memory: int | None = None) -> Budget:
     if memory is None:
         memory = int(hardware.available_ram_bytes() * (1 - _LEFT_TO_OTHERS))
     n_experts = len(layers) * config.n_routed_experts
-    if trunk_bytes + RESERVE_BYTES + checkpoint.expert_bytes <= memory:
-        # Their sizes do not matter, and looking at 23,040 of them takes half a second.
-        slot_bytes = checkpoint.expert_bytes // max(n_experts, 1)
-    else:
-        slot_bytes = max(
+    slot_bytes = max(  # of 23,040 experts: half a second
+        (
             slot_bytes_of(checkpoint.expert_extents(layer, expert))
             for layer in layers
             for expert in range(config.n_routed_experts)
-        )
+        ),
+        default=1,
+    )
     return Budget(
         total_bytes=memory,
         trunk_bytes=trunk_bytes,

@@ -18,7 +18,8 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import astuple, dataclass
+from operator import add, sub
 from typing import Protocol
 
 import numpy as np
@@ -26,7 +27,7 @@ import numpy.typing as npt
 
 from kimi_cpu.quant import Weight
 from kimi_cpu.store.checkpoint import Checkpoint
-from kimi_cpu.store.experts.backends import Backend
+from kimi_cpu.store.experts.backends import Backend, Io
 from kimi_cpu.store.experts.budget import Budget
 from kimi_cpu.store.experts.policy import Frequency
 from kimi_cpu.store.experts.reader import Load, Reader
@@ -54,7 +55,7 @@ USES, HITS = 0, 1
 
 
 class Shelf(Protocol):
-    """Where a layer's resident experts lie ready for the kernels."""
+    """Where a layer's resident experts lie ready for the kernels (their `ExpertTable`)."""
 
     def put(self, expert: int, weights: Expert) -> None:
         """This expert may be used from now on."""
@@ -90,9 +91,10 @@ class ExpertStats:
     ahead_hits: int = 0
 
     def __sub__(self, before: ExpertStats) -> ExpertStats:
-        return ExpertStats(
-            *(getattr(self, f.name) - getattr(before, f.name) for f in fields(ExpertStats))
-        )
+        return ExpertStats(*map(sub, astuple(self), astuple(before)))
+
+    def __add__(self, other: ExpertStats) -> ExpertStats:
+        return ExpertStats(*map(add, astuple(self), astuple(other)))
 
     @property
     def hit_rate(self) -> float:
@@ -114,6 +116,7 @@ class LayerExperts:
         state: float64 [2], see `policy.Frequency`.
         counters: int64 [2], uses and hits of the whole store.
         chosen: int32 [K], what the last pass of one token chose here.
+        shelf: where its experts are put, once there is one.
     """
 
     def __init__(self, store: ExpertStore, layer: int, first: int) -> None:
@@ -127,6 +130,7 @@ class LayerExperts:
         self.state: F64 = store.policy.state
         self.counters: I64 = store.counters
         self.chosen: I32 = store.chosen[first // store.n_experts]
+        self.shelf: Shelf | None = None
 
     def put_on(self, shelf: Shelf) -> None:
         """Experts of this layer go to `shelf`: those that are here now, and all later ones."""
@@ -137,7 +141,10 @@ class LayerExperts:
         self._store.count(self, ids)
 
     def request(self, ids: Collection[int]) -> None:
-        """Start reading those that are missing; returns at once. Raises CheckpointError."""
+        """Start reading those that are missing; returns at once. Raises CheckpointError.
+
+        Of more than a token needs only the first: `sweep` goes on from there.
+        """
         self._store.request(self, ids)
 
     def arrived(self, ids: Sequence[int]) -> list[int]:
@@ -148,11 +155,11 @@ class LayerExperts:
         """
         return self._store.arrived(self, ids)
 
-    def sweep(self, ids: Sequence[int]) -> Iterator[list[int]]:
-        """All of `ids` in groups, each resident while it is handed out, the next being read.
+    def sweep(self, ids: Collection[int]) -> Iterator[list[int]]:
+        """All of `ids` by rising number in groups, each resident while it is handed out.
 
-        First what is resident already, then the others in the order in which they lie on disk.
-        The memory of a group may be reused as soon as the next one is asked for.
+        Meanwhile the next ones are read. In a repacked checkpoint that is their order in the
+        files. The memory of a group may be reused as soon as the next one is asked for.
         """
         return self._store.sweep(self, ids)
 
@@ -198,7 +205,6 @@ class ExpertStore:
             layer: LayerExperts(self, layer, i * self.n_experts) for i, layer in enumerate(layers)
         }
         self._numbers_of = list(self._layers)
-        self._shelves: list[Shelf | None] = [None] * len(layers)
         self._latent_bytes = 0
         self._capacity = budget.slots(0)
         self.bounded = self._capacity < total
@@ -228,9 +234,14 @@ class ExpertStore:
         return self._layers[layer]
 
     @property
-    def io(self) -> str:
-        """How experts are read: "mmap" or "direct"."""
+    def io(self) -> Io:
+        """How experts are read."""
         return self._backend.io
+
+    @property
+    def memory(self) -> int:
+        """The budget in bytes."""
+        return self._budget.total_bytes
 
     @property
     def capacity(self) -> int:
@@ -241,6 +252,18 @@ class ExpertStore:
     def resident(self) -> int:
         """Experts that are resident or on the way."""
         return int((self._slot_of >= 0).sum()) + len(self._loads)
+
+    @property
+    def expert_bytes(self) -> float:
+        """Of one expert, on average."""
+        return self._checkpoint.expert_bytes / max(len(self._slot_of), 1)
+
+    def spare_bytes(self, latent_bytes: int) -> int:
+        """What a pass may take beside so many bytes of latents; a token's experts stay."""
+        if not self.bounded:
+            return 1 << 62
+        kept = self.top_k * self._budget.slot_bytes
+        return max(self._budget.expert_bytes - latent_bytes - kept, 0)
 
     def stats(self) -> ExpertStats:
         """What has happened so far."""
@@ -285,7 +308,7 @@ class ExpertStore:
 
     def attach(self, layer: LayerExperts, shelf: Shelf) -> None:
         with self._changing():
-            self._shelves[layer.first // self.n_experts] = shelf
+            layer.shelf = shelf
             for number in range(layer.first, layer.first + self.n_experts):
                 slot = int(self._slot_of[number])
                 if slot >= 0:
@@ -307,6 +330,9 @@ class ExpertStore:
         wanted = {layer.first + int(e) for e in ids}
         if self._lookahead:
             self._judge(layer, wanted)
+        if len(wanted) > self.top_k:
+            self._read_on(layer, self._missing(layer, sorted(ids))[: self._window], (), ids)
+            return
         with self._changing():
             self._protected = wanted
             self._publish()
@@ -339,26 +365,20 @@ class ExpertStore:
             begin = begin or time.perf_counter()
             self._reader.wait(waiting)
 
-    def sweep(self, layer: LayerExperts, ids: Sequence[int]) -> Iterator[list[int]]:
-        with self._changing():
-            self._publish()
-            here = [e for e in ids if self._slot_of[layer.first + e] >= 0]
-        missing = set(ids) - set(here)
-        left = sorted(missing, key=lambda e: self._checkpoint.expert_extents(layer.layer, e))
-        # One half of the slots is filled while the other half is computed with.
-        window = max(min(self._capacity // 2, self.top_k), 1)
-        if here:
-            self._read_on(layer, left[:window], here)
-            yield here
-        group: list[int] = []
-        while left:
-            self._read_on(layer, left[:window], group)
+    def sweep(self, layer: LayerExperts, ids: Collection[int]) -> Iterator[list[int]]:
+        left, group = sorted(ids), list[int]()
+        # What is computed with and what is read meanwhile share the slots.
+        most = max(self._capacity - self._window, 1)
+        while left or group:
+            self._read_on(layer, self._missing(layer, left)[: self._window], group, left)
             if group:
                 yield group
-            group = self.arrived(layer, left[:window])
-            left = [e for e in left if e not in group]
-        if group:
-            yield group
+            group = []
+            if left:
+                self.arrived(layer, left[:1])
+                missing = self._missing(layer, left[:most])
+                group = left[: left.index(missing[0]) if missing else most]
+                left = left[len(group) :]
 
     def anticipate(self, layer: LayerExperts, ids: Sequence[int]) -> None:
         if not self.looks_ahead[0]:
@@ -486,11 +506,22 @@ class ExpertStore:
                 self._free.append(self._retired.pop())
             self._latent_bytes = latent_bytes
 
-    def _read_on(self, layer: LayerExperts, soon: Sequence[int], group: Sequence[int]) -> None:
-        """Start reading of `soon` what slots can be found for beside those of `group`."""
+    def _missing(self, layer: LayerExperts, ids: Sequence[int]) -> list[int]:
+        """Those that are not resident, in the order given."""
+        return [e for e in ids if self._slot_of[layer.first + e] < 0]
+
+    def _read_on(
+        self, layer: LayerExperts, soon: Sequence[int], group: Sequence[int],
+        later: Collection[int],
+    ) -> None:  # fmt: skip
+        """Start reading of `soon` what slots can be found for beside those of `group`.
+
+        What is needed `later` is let go only if there is nothing else.
+        """
         with self._changing():
             self._publish()
             self._protected = {layer.first + e for e in (*group, *soon)}
+            needed = self._protected | {layer.first + e for e in later}
             new = []
             for e in soon:
                 number = layer.first + e
@@ -498,7 +529,9 @@ class ExpertStore:
                 if self._slot_of[number] >= 0:
                     continue
                 if load is None:
-                    slot = self._free_slot(self._protected)
+                    slot = self._free_slot(needed)
+                    if slot is None:
+                        slot = self._free_slot(self._protected)
                     if slot is None:
                         break
                     new.append(self._start(number, slot))
@@ -525,6 +558,14 @@ class ExpertStore:
         if len(routes) == len(self._routes):
             recorder.tokens(np.stack(routes, axis=1))
 
+    @property
+    def _window(self) -> int:
+        """How many experts are read ahead of those that are computed with."""
+        return max(min(self._capacity // 2, self.top_k), 1)
+
+    def _layer_of(self, number: int) -> LayerExperts:
+        return self._layers[self._numbers_of[number // self.n_experts]]
+
     def _place(self, number: int) -> tuple[int, int]:
         """(layer in the model, expert)."""
         index, expert = divmod(number, self.n_experts)
@@ -539,11 +580,11 @@ class ExpertStore:
         return self._checkpoint.expert_from(*self._place(number), buffers)
 
     def _put(self, number: int, weights: Expert) -> None:
-        shelf = self._shelves[number // self.n_experts]
+        shelf = self._layer_of(number).shelf
         if shelf is not None:
             shelf.put(number % self.n_experts, weights)
 
     def _take_off(self, number: int) -> None:
-        shelf = self._shelves[number // self.n_experts]
+        shelf = self._layer_of(number).shelf
         if shelf is not None:
             shelf.take(number % self.n_experts)

@@ -7,6 +7,7 @@ experts, ids within the layer. `Recorder` writes what an engine chose, `read_tra
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,19 +140,25 @@ class Recorder:
                 f"{path}: cannot be written ({exc.strerror})", "Name another file for the trace."
             ) from None
         self._write(head)
+        self._flush()
 
     def tokens(self, chosen: Trace) -> None:
         """Append tokens: int32 [T, L, K]."""
         for token in chosen.tolist():
             self._write(token)
+        self._flush()
 
     def close(self) -> None:
         """Finish the file."""
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a full disk, which `tokens` has told
+            self._file.close()
 
     def _write(self, value: Any) -> None:
+        self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
+
+    def _flush(self) -> None:
         try:
-            self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
+            self._file.flush()
         except OSError as exc:
             raise UsageError(
                 f"{self.path}: cannot be written ({exc.strerror})",
