@@ -232,6 +232,25 @@ class Session:
         assert self._logits is not None
         return self._logits
 
+    def extend(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
+        """Append T >= 1 tokens in one pass, which needs memory for the logits of each.
+
+        Returns:
+            float32 [T, vocab_size]; row t predicts the token after ids[t].
+
+        Raises:
+            ContextError: no ids, an id outside the vocabulary, or too many for the context.
+        """
+        tokens = _checked(self._model.config, ids)
+        if not len(tokens):
+            raise ContextError("there are no tokens to compute", "pass at least one token id")
+
+        def after_layer(done: int, layers: int) -> None:
+            if progress is not None:
+                progress(len(tokens) * done // layers, len(tokens))
+
+        return self._append(tokens, after_layer, all_logits=True)
+
     def rewind(self, n: int) -> None:
         """Take back the last `n` tokens.
 
@@ -256,14 +275,17 @@ class Session:
         self._tokens = list(snapshot.tokens)
         self._logits = snapshot.logits
 
-    def _append(self, ids: Ids, progress: LayerProgress | None = None) -> None:
+    def _append(
+        self, ids: Ids, progress: LayerProgress | None = None, all_logits: bool = False
+    ) -> F32:
         # A Ctrl-C may come at any of these lines: the cache may then be ahead of the tokens (cut
         # here), and logits that are not of the last token must not survive.
         self._cache.truncate(len(self._tokens))
         self._logits = None
-        logits = self._model.forward(ids, self._cache, progress=progress)
+        logits = self._model.forward(ids, self._cache, all_logits, progress)
         self._tokens.extend(ids.tolist())
-        self._logits = logits[0]
+        self._logits = logits[-1].copy() if all_logits else logits[-1]  # not all of them
+        return logits
 
     def _truncate(self, length: int) -> None:
         if length < len(self._tokens):
