@@ -254,7 +254,7 @@ def generate(
             yield from reply.finish("cancelled")
             break
         yield from reply.feed(logits)
-        if not reply.going_on:
+        if reply.finish_reason is not None:
             break
         if session.remaining <= 0:
             yield from reply.finish("length")

@@ -22,6 +22,7 @@ from kimi_cpu.errors import UserError
 VERBS = {
     "chat": ("kimi_cpu.cli.chat", "Talk with a model; conversations are kept."),
     "run": ("kimi_cpu.cli.run", "Answer one prompt and exit."),
+    "serve": ("kimi_cpu.cli.serve", "Serve a model over HTTP, as OpenAI's API."),
     "inspect": ("kimi_cpu.cli.inspect", "Show what a model folder holds and needs."),
     "pull": ("kimi_cpu.cli.pull", "Download a checkpoint from a hub."),
     "repack": ("kimi_cpu.cli.repack", "Convert a checkpoint to the kernels' own format."),
