@@ -19,7 +19,7 @@ from kimi_cpu import hardware
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import ContextError, UsageError
 from kimi_cpu.kernels.common import Precision
-from kimi_cpu.kv_cache import CacheSnapshot
+from kimi_cpu.kv_cache import LatentCache
 from kimi_cpu.model import Ids, LayerProgress, Model
 from kimi_cpu.quant import F32
 from kimi_cpu.store.checkpoint import Checkpoint
@@ -137,7 +137,7 @@ class SessionSnapshot:
     """A session's state at one moment: its tokens, latents and last logits."""
 
     tokens: tuple[int, ...]
-    cache: CacheSnapshot
+    cache: LatentCache
     logits: F32 | None
 
 
@@ -265,13 +265,16 @@ class Session:
         self._truncate(len(self._tokens) - n)
 
     def snapshot(self) -> SessionSnapshot:
-        """Copy the state; `restore` brings it back on any session of the same engine."""
-        logits = None if self._logits is None else self._logits.copy()
-        return SessionSnapshot(tuple(self._tokens), self._cache.snapshot(), logits)
+        """Keep the state; `restore` brings it back on any session of the same engine.
+
+        Its latents are not copied: timelines share what they have in common.
+        """
+        return SessionSnapshot(tuple(self._tokens), self._cache.branch(len(self)), self._logits)
 
     def restore(self, snapshot: SessionSnapshot) -> None:
         """Become what `snapshot` was."""
-        self._cache.restore(snapshot.cache)
+        self._tokens, self._logits = [], None  # whatever interrupts the following
+        self._cache.take_over(snapshot.cache)
         self._tokens = list(snapshot.tokens)
         self._logits = snapshot.logits
 

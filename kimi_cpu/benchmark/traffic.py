@@ -26,7 +26,7 @@ PARTS = ("attention", "router", "experts", "shared experts", "dense MLP", "head"
 #: Kernels that serve one part; of the others the weight tells.
 _PART_OF_KERNEL = {
     "moe": "experts", "route": "router", "split": "attention", "rope": "attention",
-    "store_rows_at": "attention", "absorb_q": "attention", "absorb_v": "attention",
+    "store_latents": "attention", "absorb_q": "attention", "absorb_v": "attention",
     "mla_decode": "attention", "mla_prefill": "attention",
 }  # fmt: skip
 
