@@ -27,6 +27,7 @@ LAYERS = [
     ("engine", 3),
     ("chat", 3),
     ("benchmark", 3),
+    ("planning", 3),
     ("server", 4),
     ("cli", 5),
     ("__main__", 5),

@@ -26,6 +26,7 @@ VERBS = {
     "inspect": ("kimi_cpu.cli.inspect", "Show what a model folder holds and needs."),
     "pull": ("kimi_cpu.cli.pull", "Download a checkpoint from a hub."),
     "repack": ("kimi_cpu.cli.repack", "Convert a checkpoint to the kernels' own format."),
+    "plan": ("kimi_cpu.cli.plan", "Predict speed and memory of a model on this machine."),
     "bench": ("kimi_cpu.cli.bench", "Measure tokens a second beside what memory allows."),
 }
 
