@@ -24,6 +24,7 @@ from bench.peak import on_all_cores, peak
 from kimi_cpu import hardware
 from kimi_cpu.kernels import fast, isa
 from kimi_cpu.kernels.attention_tile import FORM_BF16, FORM_F32, HAS_BF16_DOT
+from kimi_cpu.kernels.common import BLOCK_TOKENS, Latents, address
 from kimi_cpu.quant import F32, U16, f32_to_bf16
 
 HEADS, RANK, ROPE, NOPE, VALUE = 64, 512, 64, 128, 128
@@ -36,8 +37,8 @@ class Bench:
         self.threads = 1 if cpu_time else threads
         self.clock = time.thread_time if cpu_time else time.perf_counter
         self.rng = np.random.default_rng(0)
-        self.c_kv, self.k_pe = self.x(longest, RANK), self.x(longest, ROPE)
-        self.c_bf16, self.pe_bf16 = f32_to_bf16(self.c_kv), f32_to_bf16(self.k_pe)
+        rows = self.x(-(-longest // BLOCK_TOKENS) * BLOCK_TOKENS, RANK + ROPE)
+        self.blocks: dict[bool, F32 | U16] = {False: rows, True: f32_to_bf16(rows)}
         self.matrix = self.x(2048, 2048)
         self.product = np.empty_like(self.matrix)
 
@@ -55,11 +56,16 @@ class Bench:
         return 2e-9 * 2048**3 / seconds
 
     def decode(self, rows: int, bf16: bool, tokens: int = 1) -> float:
-        c_kv: F32 | U16 = self.c_bf16 if bf16 else self.c_kv
-        k_pe: F32 | U16 = self.pe_bf16 if bf16 else self.k_pe
+        blocks = self.blocks[bf16]  # of BLOCK_TOKENS rows: first their c_kv, then their k_pe
+        steps = np.arange(-(-rows // BLOCK_TOKENS)) * BLOCK_TOKENS * blocks[0].nbytes
+        table = address(blocks) + steps
+        latents = Latents(
+            np.array([address(table)]), np.array([rows - tokens]), rows, 0,
+            BLOCK_TOKENS * RANK * blocks.itemsize, RANK, ROPE, blocks.dtype.type,
+        )  # fmt: skip
         q, q_pe = self.x(tokens, HEADS, RANK), self.x(tokens, HEADS, ROPE)
         begin = self.clock()
-        fast.mla_decode(q, q_pe, c_kv[:rows], k_pe[:rows], rows - tokens, 0.05, self.threads)
+        fast.mla_decode(q, q_pe, latents, 0.05, self.threads)
         seconds = self.clock() - begin
         return 2e-9 * tokens * HEADS * (2 * RANK + ROPE) * rows / seconds
 

@@ -19,7 +19,7 @@ from kimi_cpu import hardware
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import ContextError, UsageError
 from kimi_cpu.kernels.common import Precision
-from kimi_cpu.kv_cache import CacheSnapshot
+from kimi_cpu.kv_cache import LatentCache
 from kimi_cpu.model import Ids, LayerProgress, Model
 from kimi_cpu.quant import F32
 from kimi_cpu.store.checkpoint import Checkpoint
@@ -161,7 +161,7 @@ class SessionSnapshot:
     """A session's state at one moment: its tokens, latents and last logits."""
 
     tokens: tuple[int, ...]
-    cache: CacheSnapshot
+    cache: LatentCache
     logits: F32 | None
 
 
@@ -257,6 +257,25 @@ class Session:
         assert self._logits is not None
         return self._logits
 
+    def extend(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
+        """Append T >= 1 tokens in one pass, which needs memory for the logits of each.
+
+        Returns:
+            float32 [T, vocab_size]; row t predicts the token after ids[t].
+
+        Raises:
+            ContextError: no ids, an id outside the vocabulary, or too many for the context.
+        """
+        tokens = _checked(self._model.config, ids)
+        if not len(tokens):
+            raise ContextError("there are no tokens to compute", "pass at least one token id")
+
+        def after_layer(done: int, layers: int) -> None:
+            if progress is not None:
+                progress(len(tokens) * done // layers, len(tokens))
+
+        return self._append(tokens, after_layer, all_logits=True)
+
     def rewind(self, n: int) -> None:
         """Take back the last `n` tokens.
 
@@ -271,24 +290,30 @@ class Session:
         self._truncate(len(self._tokens) - n)
 
     def snapshot(self) -> SessionSnapshot:
-        """Copy the state; `restore` brings it back on any session of the same engine."""
-        logits = None if self._logits is None else self._logits.copy()
-        return SessionSnapshot(tuple(self._tokens), self._cache.snapshot(), logits)
+        """Keep the state; `restore` brings it back on any session of the same engine.
+
+        Its latents are not copied: timelines share what they have in common.
+        """
+        return SessionSnapshot(tuple(self._tokens), self._cache.branch(len(self)), self._logits)
 
     def restore(self, snapshot: SessionSnapshot) -> None:
         """Become what `snapshot` was."""
-        self._cache.restore(snapshot.cache)
+        self._tokens, self._logits = [], None  # whatever interrupts the following
+        self._cache.take_over(snapshot.cache)
         self._tokens = list(snapshot.tokens)
         self._logits = snapshot.logits
 
-    def _append(self, ids: Ids, progress: LayerProgress | None = None) -> None:
+    def _append(
+        self, ids: Ids, progress: LayerProgress | None = None, all_logits: bool = False
+    ) -> F32:
         # A Ctrl-C may come at any of these lines: the cache may then be ahead of the tokens (cut
         # here), and logits that are not of the last token must not survive.
         self._cache.truncate(len(self._tokens))
         self._logits = None
-        logits = self._model.forward(ids, self._cache, progress=progress)
+        logits = self._model.forward(ids, self._cache, all_logits, progress)
         self._tokens.extend(ids.tolist())
-        self._logits = logits[0]
+        self._logits = logits[-1].copy() if all_logits else logits[-1]  # not all of them
+        return logits
 
     def _truncate(self, length: int) -> None:
         if length < len(self._tokens):

@@ -22,19 +22,19 @@ Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1, MLA), DeepSeek-V3 (arXiv 24
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
-from weakref import WeakKeyDictionary, WeakSet
 
 import numpy as np
 import numpy.typing as npt
 
 from kimi_cpu.config import LATENT_NORM_EPS
 from kimi_cpu.errors import CheckpointError
-from kimi_cpu.kernels.common import I32, ExpertTable, Position, Precision
-from kimi_cpu.kv_cache import LatentCache
+from kimi_cpu.kernels.common import I32, I64, ExpertTable, Precision
+from kimi_cpu.kv_cache import BlockPool, LatentCache
 from kimi_cpu.quant import F32, U16, Weight, as_f32, rows_of
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts.residency import ExpertStore
@@ -49,6 +49,8 @@ MLP_TOKENS = 1024
 NEARLY_ALL = 4
 #: Activations of a pass that the expert store's reserve covers; more take the place of experts.
 PASS_RESERVE = 128 << 20
+#: Rows of a timeline for which the pass of one token is recorded first.
+_FIRST_ROWS = 4096
 
 Ids = npt.NDArray[np.int64]
 #: Called after each layer of a pass with (layers done, layers in all).
@@ -104,22 +106,23 @@ class Inputs:
     x: F32  # embeddings, [T, D]
     cos: F32  # [T, P / 2]
     sin: F32  # [T, P / 2]
-    position: Position  # int64 [], of the first token
+    tables: I64  # [1], address of the timeline's table of blocks, see `kernels.common.Latents`
+    starts: I64  # [1], position of the first token
+    rows: int  # at least as many as the timeline has with these tokens
 
     def take(self, other: Inputs) -> None:
         """Take over the other's values, in place."""
-        for name in ("x", "cos", "sin", "position"):
+        for name in ("x", "cos", "sin", "tables", "starts"):
             np.copyto(getattr(self, name), getattr(other, name))
 
 
 @dataclass(frozen=True)
 class RecordedPass:
-    """The pass of one token over one cache: fill `inputs`, play `tape`, read `logits`."""
+    """The pass of one token over any cache: fill `inputs`, play `tape`, read `logits`."""
 
     inputs: Inputs
     tape: Tape
     logits: F32  # [1, vocab]
-    generation: int  # of the cache's memory
     looks_ahead: bool
 
 
@@ -146,8 +149,9 @@ class Model:
         self.threads = threads
         self._find_non_finite = checkpoint.find_non_finite
         self._replays = kernels.recording is not None
-        self._passes: WeakKeyDictionary[LatentCache, RecordedPass] = WeakKeyDictionary()
-        self._caches: WeakSet[LatentCache] = WeakSet()
+        self._pass: RecordedPass | None = None
+        self._pass_lock = threading.Lock()  # it has one set of inputs for all threads
+        self._pool = BlockPool(checkpoint.config)
         self._inv_freq = self.config.inv_freq()  # float64 [P / 2]
         self.embed_tokens = checkpoint.tensor("model.embed_tokens.weight")  # [vocab, D]
         self.layers = [
@@ -158,9 +162,7 @@ class Model:
 
     def new_cache(self) -> LatentCache:
         """An empty cache of this model's shape."""
-        cache = LatentCache(self.config)
-        self._caches.add(cache)
-        return cache
+        return LatentCache(self.config, self._pool)
 
     @property
     def token_bytes(self) -> int:
@@ -179,8 +181,8 @@ class Model:
         return max(min(most, (PASS_RESERVE + spare) // self.token_bytes), 1)
 
     def latent_bytes(self) -> int:
-        """Bytes of all caches that `new_cache` made and that still live."""
-        return sum(cache.nbytes for cache in self._caches)
+        """Bytes of the latents of all timelines; what several share counts once."""
+        return self._pool.used_bytes
 
     def forward(
         self,
@@ -210,13 +212,13 @@ class Model:
                 cases the cache is unchanged.
         """
         cache.reserve(len(ids))
-        inputs = self._inputs(ids, cache.length)
+        inputs = self._inputs(ids, cache)
         beside = self.latent_bytes() + max(len(ids) * self.token_bytes - PASS_RESERVE, 0)
         with self.experts.passing(len(ids), beside):
             if len(ids) == 1 and self._replays:
-                logits = self._replay(inputs, cache)
+                logits = self._replay(inputs)
             else:
-                logits = self._compute(inputs, cache, all_logits, progress)
+                logits = self._compute(inputs, all_logits, progress)
         if not np.isfinite(logits).all():
             raise self._find_non_finite() or CheckpointError(
                 "the model computed logits that are not finite, though its trunk is",
@@ -228,7 +230,6 @@ class Model:
     def _compute(
         self,
         inputs: Inputs,
-        cache: LatentCache,
         all_logits: bool,
         progress: LayerProgress | None = None,
     ) -> F32:
@@ -240,7 +241,7 @@ class Model:
         k, x = self.kernels, inputs.x  # [T, D]
         for i, layer in enumerate(self.layers):
             h = self._rmsnorm(x, layer.input_layernorm)
-            x = k.add(x, self._attention(i, h, inputs, cache))
+            x = k.add(x, self._attention(i, h, inputs))
             h = self._rmsnorm(x, layer.post_attention_layernorm)
             mlp = layer.mlp
             if isinstance(mlp, MoEWeights):
@@ -253,26 +254,33 @@ class Model:
             x = x[-1:]
         return self._linear(self._rmsnorm(x, self.norm), self.lm_head)
 
-    def _replay(self, inputs: Inputs, cache: LatentCache) -> F32:
-        """`_compute` of one token by a tape of kernel calls, recorded once a cache.
+    def _replay(self, inputs: Inputs) -> F32:
+        """`_compute` of one token by a tape of kernel calls, recorded once.
 
         Python then costs a few microseconds a token instead of a few a kernel.
         """
-        recorded, now = self._passes.get(cache), (cache.generation, self._looks_ahead)
-        if recorded is None or (recorded.generation, recorded.looks_ahead) != now:
-            with self.kernels.recording() as tape:
-                logits = self._compute(inputs, cache, all_logits=False)
-            recorded = RecordedPass(inputs, tape, logits, *now)
-            self._passes[cache] = recorded
-        else:
-            recorded.inputs.take(inputs)
-        recorded.tape.play(self.threads)
-        return recorded.logits.copy()
+        with self._pass_lock:
+            recorded, looks_ahead = self._pass, self._looks_ahead
+            if (
+                recorded is None
+                or recorded.inputs.rows < inputs.rows
+                or recorded.looks_ahead != looks_ahead
+            ):
+                # Work space is sized for the rows: recorded again when they have doubled.
+                rows = max(1 << (inputs.rows - 1).bit_length(), _FIRST_ROWS)
+                inputs = replace(inputs, rows=rows)
+                with self.kernels.recording() as tape:
+                    logits = self._compute(inputs, all_logits=False)
+                recorded = self._pass = RecordedPass(inputs, tape, logits, looks_ahead)
+            else:
+                recorded.inputs.take(inputs)
+            recorded.tape.play(self.threads)
+            return recorded.logits.copy()
 
-    def _attention(self, layer: int, x: F32, inputs: Inputs, cache: LatentCache) -> F32:
+    def _attention(self, layer: int, x: F32, inputs: Inputs) -> F32:
         """MLA over the cached latents and these tokens; [T, D] -> [T, D]."""
         w, c, k = self.layers[layer].self_attn, self.config, self.kernels
-        cos, sin, start, tokens = inputs.cos, inputs.sin, inputs.position, x.shape[0]
+        cos, sin, tokens = inputs.cos, inputs.sin, x.shape[0]
         heads, n_dim = c.num_attention_heads, c.qk_nope_head_dim
 
         if w.q_proj is not None:
@@ -286,9 +294,8 @@ class Model:
         c_kv, k_pe = k.split(kv_a, c.kv_lora_rank)  # [T, R], [T, P]: one key for all heads
         c_kv = k.rmsnorm(c_kv, w.kv_a_layernorm, LATENT_NORM_EPS)
         k_pe = k.rope(k_pe[:, None], cos, sin)[:, 0]
-        all_c_kv, all_k_pe = cache.rows(layer)  # [capacity, R], [capacity, P]
-        k.store_rows_at(c_kv, all_c_kv, start)
-        k.store_rows_at(k_pe, all_k_pe, start)
+        latents = self._pool.latents(layer, inputs.tables, inputs.starts, inputs.rows)
+        k.store_latents(c_kv, k_pe, latents)
 
         def queries(first: int, last: int) -> tuple[F32, F32]:
             """q_nope [T, h, N] and q_pe [T, h, P] of h heads first .. last-1."""
@@ -299,23 +306,23 @@ class Model:
 
         scale = c.softmax_scale
         if self._expanding_pays(tokens):
-            end, head_rows = cache.length + tokens, n_dim + c.v_head_dim
+            start, head_rows = int(inputs.starts[0]), n_dim + c.v_head_dim
+            end = start + tokens
+            all_c_kv, all_k_pe = latents.gather(0, end)  # [S, R], [S, P]
             o = np.empty((tokens, heads, c.v_head_dim), dtype=np.float32)
             for first in range(0, heads, HEADS_AT_ONCE):  # bounds the memory of keys and values
                 last = min(first + HEADS_AT_ONCE, heads)
                 q_nope, q_pe = queries(first, last)
                 rows = rows_of(w.kv_b_proj, first * head_rows, last * head_rows)
-                kv = self._linear(all_c_kv[:end], rows)  # [S, h (N + V)]
+                kv = self._linear(all_c_kv, rows)  # [S, h (N + V)]
                 kv = kv.reshape(end, last - first, head_rows)
                 o[:, first:last] = k.mla_prefill(
-                    q_nope, q_pe, kv, all_k_pe[:end], start, scale, self.threads
+                    q_nope, q_pe, kv, all_k_pe, start, scale, self.threads
                 )
         else:
             q_nope, q_pe = queries(0, heads)
             q_latent = k.absorb_q(q_nope, w.kv_b_proj, self.threads)  # [T, H, R]
-            o_latent = k.mla_decode(
-                q_latent, q_pe, all_c_kv, all_k_pe, start, scale, self.threads
-            )  # [T, H, R]
+            o_latent = k.mla_decode(q_latent, q_pe, latents, scale, self.threads)  # [T, H, R]
             o = k.absorb_v(o_latent, w.kv_b_proj, c.v_head_dim, self.threads)  # [T, H, V]
         return self._linear(o.reshape(tokens, heads * c.v_head_dim), w.o_proj)
 
@@ -385,8 +392,9 @@ class Model:
         y: F32 = self.kernels.rmsnorm(x, w, self.config.rms_norm_eps)
         return y
 
-    def _inputs(self, ids: Ids, start: int) -> Inputs:
-        """Embeddings and rotary tables of the tokens `ids` at positions start, start + 1, ..."""
+    def _inputs(self, ids: Ids, cache: LatentCache) -> Inputs:
+        """Embeddings and rotary tables of the tokens `ids` that follow those in `cache`."""
+        start = cache.length
         positions = np.arange(start, start + len(ids), dtype=np.float64)
         angles = np.outer(positions, self._inv_freq)
         scale = self.config.rope_attention_scale
@@ -394,7 +402,9 @@ class Model:
             x=np.array(as_f32(self.embed_tokens[ids])),
             cos=(np.cos(angles) * scale).astype(np.float32),
             sin=(np.sin(angles) * scale).astype(np.float32),
-            position=np.array(start, dtype=np.int64),
+            tables=np.array([cache.table_address], dtype=np.int64),
+            starts=np.array([start], dtype=np.int64),
+            rows=start + len(ids),
         )
 
     def _load_layer(self, checkpoint: Checkpoint, i: int) -> Layer:

@@ -28,6 +28,9 @@ from numpy.typing import NDArray
 
 from kimi_cpu.errors import UsageError, UserError
 
+#: A set of token ids: id i is in it when bit i % 32 of word i // 32 is set; uint32 [>= V / 32].
+AllowedBits = NDArray[np.uint32]
+
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 
@@ -137,13 +140,18 @@ class Sampler:
         if self.params.repetition_penalty != 1:
             self._seen.add(token)
 
-    def sample(self, logits: NDArray[np.float32]) -> int:
+    def sample(self, logits: NDArray[np.float32], allowed: AllowedBits | None = None) -> int:
         """The next token id for logits float32 [V], which are not changed.
+
+        allowed: the only ids to choose from.
 
         Raises `UserError` for NaN or infinite logits, `UsageError` when a logit_bias id is
         outside the vocabulary or nothing is left to choose from.
         """
         logits = self._adjusted(logits)
+        if allowed is not None:
+            bits = np.unpackbits(allowed.view(np.uint8), count=logits.size, bitorder="little")
+            logits = np.where(bits, logits, np.float32(-np.inf))
         best = int(np.argmax(logits))  # the first NaN if there is one
         top = logits[best]
         if not math.isfinite(top):
@@ -201,6 +209,25 @@ class Sampler:
             ids, p = (keep if ids is None else ids[keep]), p[keep]
         at = _inverse_cdf(p, self._rng.random())
         return at if ids is None else int(ids[at])
+
+
+def logprobs(
+    logits: NDArray[np.float32], token: int, top: int
+) -> tuple[float, tuple[tuple[int, float], ...]]:
+    """The natural log probability of `token`, and the `top` likeliest ids with theirs.
+
+    logits: float32 [V]. Best first; of equal ones the lower id.
+    """
+    best = logits.max()
+    with np.errstate(under="ignore", invalid="ignore"):
+        log_sum = float(best) + math.log(np.exp(logits - best).sum(dtype=np.float64))
+    top = min(top, logits.size)
+    if top == 0:
+        return float(logits[token]) - log_sum, ()
+    ids = np.flatnonzero(logits >= np.partition(logits, logits.size - top)[-top])
+    ids = ids[np.argsort(-logits[ids], kind="stable")[:top]]
+    likeliest = tuple((int(i), float(logits[i]) - log_sum) for i in ids)
+    return float(logits[token]) - log_sum, likeliest
 
 
 def _inverse_cdf(p: NDArray[np.float32], uniform: float) -> int:

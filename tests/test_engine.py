@@ -76,6 +76,22 @@ def test_sync_to_a_shorter_prefix(engine: Engine) -> None:
     assert len(session) == 17
 
 
+def test_extend_tells_the_logits_of_every_token(engine: Engine) -> None:
+    session, prompt = engine.session(), ids(engine, 20)
+    first = session.extend(prompt[:12])
+    assert first.shape == (12, engine.config.vocab_size)
+    seen: list[tuple[int, int]] = []
+    second = session.extend(prompt[12:], lambda done, all_: seen.append((done, all_)))
+    assert seen[-1] == (8, 8) and len(seen) == engine.config.num_hidden_layers
+    assert session.tokens == tuple(prompt)
+    for got, expected in zip(np.vstack([first, second]), engine.score(prompt), strict=True):
+        assert close(got, expected)
+    np.testing.assert_array_equal(session.sync(prompt), second[-1])
+    for wrong in ([], [engine.config.vocab_size], [0] * CONTEXT):
+        with pytest.raises(ContextError):
+            session.extend(wrong)
+
+
 def test_rewind(engine: Engine) -> None:
     session, prompt = engine.session(), ids(engine, 12)
     expected = session.sync(prompt).copy()

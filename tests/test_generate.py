@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from kimi_cpu.chat.generate import Result, StopMatcher, check_tokenizer, generate
+from kimi_cpu.chat.generate import Reply, Result, StopMatcher, check_tokenizer, generate
 from kimi_cpu.chat.parser import Content, Reasoning, ToolCallEnd, ToolCallStart
 from kimi_cpu.errors import ContextError, TokenizerError
 from kimi_cpu.sampling import SamplingParams
@@ -287,3 +287,103 @@ def test_a_model_without_think_tokens_only_answers():
         events = list(generate(Session(plain), plain, [1, 2], params))
         assert events[-1].message == {"role": "assistant", "content": "yes"}
         assert events[-1].usage.prompt_tokens == 2
+
+
+def drive(session, reply):
+    """All events of a reply on a session, and the `sampled` of each token."""
+    events, sampled = [], []
+    logits = session.sync(reply.prompt)
+    while reply.going_on:
+        events += reply.feed(logits)
+        if reply.sampled is not None:
+            sampled.append(reply.sampled)
+        if reply.going_on:
+            logits = session.step(reply.token)
+    return events, sampled
+
+
+def test_replies_fed_in_turn_equal_replies_alone(tokenizer):
+    texts = ["<think>one</think>first", "<think></think>" + call("f", '{"a": 1}'), "no thought"]
+    alone = [run(tokenizer, text, allow_tools=True)[0] for text in texts]
+    sessions = [FakeSession(tokenizer, lambda _, text=text: text) for text in texts]
+    prompt = spelt(tokenizer, "hi")
+    replies = [Reply(tokenizer, prompt, GREEDY, allow_tools=True) for _ in texts]
+    logits = [s.sync(r.prompt) for s, r in zip(sessions, replies, strict=True)]
+    while any(reply.going_on for reply in replies):
+        for i, reply in enumerate(replies):
+            if reply.going_on:
+                reply.feed(logits[i])
+                if reply.going_on:
+                    logits[i] = sessions[i].step(reply.token)
+    for reply, expected in zip(replies, alone, strict=True):
+        assert reply.result().message == expected.message
+        assert reply.result().token_ids == expected.token_ids
+
+
+def test_plain_text_has_no_reasoning(tokenizer):
+    session = FakeSession(tokenizer, lambda _: "on and on")
+    reply = Reply(
+        tokenizer, spelt(tokenizer, "go "), SamplingParams(0, thinking_budget=0), plain=True
+    )
+    drive(session, reply)
+    assert session.synced == [spelt(tokenizer, "go ")]
+    assert reply.result().message == {"role": "assistant", "content": "on and on"}
+
+
+def test_no_more_calls_than_allowed(tokenizer):
+    two = call("f", "{}").removesuffix("<|tool_calls_section_end|>") + call("g", "{}", 1)
+    for most, names in ((1, ["f"]), (2, ["f", "g"]), (None, ["f", "g"])):
+        session = FakeSession(tokenizer, lambda _: "<think></think>" + two + "and more")
+        reply = Reply(tokenizer, [1], GREEDY, allow_tools=True, max_calls=most)
+        drive(session, reply)
+        result = reply.result()
+        assert [c["function"]["name"] for c in result.message["tool_calls"]] == names
+        assert result.finish_reason == "tool_calls"
+        if most is not None:
+            assert result.token_ids[-1] == tokenizer.control("<|tool_calls_section_end|>")
+            assert result.message["content"] is None
+
+
+def test_logprobs_of_each_token_by_its_part(tokenizer):
+    session = FakeSession(tokenizer, lambda _: "<think>a</think>b" + call("f", "{}"))
+    reply = Reply(tokenizer, [1], GREEDY, allow_tools=True, top_logprobs=2)
+    _, sampled = drive(session, reply)
+    assert [s.token for s in sampled] == list(reply.result().token_ids)
+    parts = [s.part for s in sampled]
+    assert parts[:4] == ["control", "reasoning", "control", "content"]
+    assert set(parts[4:]) == {"control"}
+    first = sampled[1]
+    assert first.token == ord("a") == first.top[0][0] and len(first.top) == 2
+    assert first.logprob == first.top[0][1] == pytest.approx(0, abs=1e-6)
+    assert first.top[1][1] == pytest.approx(-100, abs=1e-3)
+
+
+def test_a_constraint_decides_what_may_come(tokenizer):
+    class Only:
+        """Exactly these bytes, then the end."""
+
+        def __init__(self, text):
+            self.ids = [*tokenizer.encode_text(text), tokenizer.control("<|im_end|>")]
+            self.accepted = []
+
+        def mask(self):
+            bits = np.zeros(tokenizer.n_vocab // 32, np.uint32)
+            token = self.ids[len(self.accepted)]
+            bits[token // 32] |= np.uint32(1 << (token % 32))
+            return bits
+
+        def accept(self, token):
+            self.accepted.append(token)
+
+    only = Only("é!")
+    params = SamplingParams(temperature=1, seed=3)
+    session = FakeSession(tokenizer, lambda _: "something else")
+    reply = Reply(tokenizer, [1], params, plain=True, constraint=only)
+    drive(session, reply)
+    assert reply.result().message["content"] == "é!" and only.accepted == list("é!".encode())
+
+
+def test_the_stop_string_that_ended_it_is_told(tokenizer):
+    params = SamplingParams(temperature=0, stop=("END", "STOP"))
+    assert run(tokenizer, "<think></think>a STOP b", params)[0].stop == "STOP"
+    assert run(tokenizer, "<think></think>a b", params)[0].stop is None

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_cpu.errors import UsageError, UserError
-from kimi_cpu.sampling import Sampler, SamplingParams
+from kimi_cpu.sampling import Sampler, SamplingParams, logprobs
 
 
 def logits_of(seed: int, n: int = 50, scale: float = 3.0) -> np.ndarray:
@@ -179,3 +179,32 @@ def test_cost_at_the_real_vocabulary():
         sampler.sample(logits)
         best = min(best, time.perf_counter() - start)
     assert best < 0.02, f"{best * 1e3:.1f} ms a token"  # about 1 ms; slack for a busy machine
+
+
+@pytest.mark.parametrize("n", [1, 31, 32, 33, 1000])
+def test_only_allowed_ids_are_chosen(n):
+    logits = logits_of(5, n)
+    allowed = np.random.default_rng(n).random(n) < 0.3
+    allowed[n // 2] = True
+    words = np.zeros(-(-n // 32) * 4 + 4, np.uint8)  # one word more than needed
+    words[: -(-n // 8)] = np.packbits(allowed, bitorder="little")
+    sampler = Sampler(SamplingParams(temperature=2, seed=1))
+    seen = {sampler.sample(logits, words.view(np.uint32)) for _ in range(300)}
+    assert seen <= set(np.flatnonzero(allowed).tolist())
+    greedy = Sampler(SamplingParams(temperature=0)).sample(logits, words.view(np.uint32))
+    assert greedy == np.argmax(np.where(allowed, logits, -np.inf))
+    with pytest.raises(UsageError, match="no token is left"):
+        sampler.sample(logits, np.zeros_like(words).view(np.uint32))
+
+
+def test_logprobs_by_definition():
+    logits = logits_of(6)
+    logits[[3, 7]] = logits.max() + 1  # a tie
+    expected = np.log(softmax(logits))
+    for top in (0, 1, 5, 50, 60):
+        logprob, likeliest = logprobs(logits, 9, top)
+        assert logprob == pytest.approx(expected[9], abs=1e-6)
+        order = sorted(range(50), key=lambda i: (-logits[i], i))[:top]
+        assert [i for i, _ in likeliest] == order
+        assert [p for _, p in likeliest] == pytest.approx(expected[order].tolist(), abs=1e-6)
+    assert logprobs(np.array([0, -np.inf], np.float32), 1, 2)[0] == -np.inf

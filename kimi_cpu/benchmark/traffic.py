@@ -27,7 +27,7 @@ PARTS = ("attention", "router", "experts", "shared experts", "dense MLP", "head"
 _PART_OF_KERNEL = {
     "moe": "experts", "request": "experts", "anticipate": "experts", "route": "router",
     "split": "attention", "rope": "attention",
-    "store_rows_at": "attention", "absorb_q": "attention", "absorb_v": "attention",
+    "store_latents": "attention", "absorb_q": "attention", "absorb_v": "attention",
     "mla_decode": "attention", "mla_prefill": "attention",
 }  # fmt: skip
 

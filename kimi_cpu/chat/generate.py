@@ -1,7 +1,11 @@
 """One reply: sample, step, parse, until something ends it.
 
-`generate` yields the parser's events (Reasoning, Content, ToolCallStart, ToolCallArguments,
-ToolCallEnd) as soon as they are certain and a `Result` last. It decides what may be sampled:
+`Reply` is the reply as a state machine without a model: its owner computes `prompt`, then feeds it
+logits, gets events and steps `token`, until `finish_reason` is set. A server drives many of them in
+turn; `generate` drives one on one session.
+
+Events are the parser's (Reasoning, Content, ToolCallStart, ToolCallArguments, ToolCallEnd), as soon
+as they are certain. A reply decides what may be sampled:
 
 - Control tokens that belong to the other side of a conversation (user and system turns, padding,
   `[BOS]`, media, reserved ids) are never sampled, so the model cannot forge a turn. What remains
@@ -17,7 +21,7 @@ The token that ends a reply is neither stepped nor counted: the next prompt brin
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -28,12 +32,13 @@ from kimi_cpu.chat.parser import (
     Content,
     Event,
     StreamParser,
+    ToolCallEnd,
     ToolCallStart,
     starts_in_reasoning,
 )
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import ContextError, TokenizerError
-from kimi_cpu.sampling import Sampler, SamplingParams
+from kimi_cpu.sampling import AllowedBits, Sampler, SamplingParams, logprobs
 from kimi_cpu.tokenizer import Tokenizer
 
 THINK, END_THINK = "<think>", "</think>"
@@ -65,6 +70,33 @@ class SessionLike(Protocol):
     def step(self, token: int, /) -> NDArray[np.float32]: ...
 
 
+class Constraint(Protocol):
+    """What narrows the choice of the next token: a grammar."""
+
+    def mask(self) -> AllowedBits | None:
+        """The ids that may come next (uint32 words, lowest bit first); None: any."""
+        ...
+
+    def accept(self, token: int, /) -> None:
+        """This token joined the reply, sampled or forced."""
+        ...
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A token that joined the reply, with log probabilities (natural, of the model's own
+    distribution at temperature 1).
+
+    part: "content", "reasoning", or "control" for control tokens and calls.
+    top: the likeliest ids with theirs, best first.
+    """
+
+    token: int
+    part: Literal["content", "reasoning", "control"]
+    logprob: float
+    top: tuple[tuple[int, float], ...]
+
+
 @dataclass(frozen=True)
 class Usage:
     """Token counts. `cached_tokens` of the prompt were on the timeline already."""
@@ -77,7 +109,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds from the call of `generate`; `decode_tps` is of the tokens after the first."""
+    """Seconds from the start of the prompt; `decode_tps` is of the tokens after the first."""
 
     prompt_s: float
     first_token_s: float
@@ -91,6 +123,7 @@ class Result:
 
     message: an assistant message: role, content, and if present reasoning_content, tool_calls
         (complete calls only).
+    stop: the stop string that ended it. It and what follows are among `token_ids`, not in message.
     """
 
     finish_reason: FinishReason
@@ -98,6 +131,7 @@ class Result:
     usage: Usage
     timings: Timings
     token_ids: tuple[int, ...] = field(repr=False)
+    stop: str | None = None
 
 
 class _Cancelled(Exception):
@@ -108,6 +142,7 @@ class StopMatcher:
     """Finds stop strings in streamed text; holds back only what may still become one."""
 
     def __init__(self, stops: Sequence[str]) -> None:
+        self.found: str | None = None
         self._stops = tuple(stops)
         self._held = ""
 
@@ -117,10 +152,11 @@ class StopMatcher:
             return text, False
         text = self._held + text
         # The one that is complete first counts, so that it does not matter how text is cut up.
-        hits = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        hits = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if hits:
+            _, at, self.found = min(hits)
             self._held = ""
-            return text[: min(hits)[1]], True
+            return text[:at], True
         keep = max(_overlap(text, stop) for stop in self._stops)
         cut = len(text) - keep
         self._held = text[cut:]
@@ -182,11 +218,9 @@ def generate(
     cancelled: Callable[[], bool] = lambda: False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Iterator[Event | Result]:
-    """Reply to `prompt_ids` (ending in the generation prompt) on `session`.
+    """Reply to `prompt_ids` (ending in the generation prompt) on `session`: events, then a Result.
 
-    allow_tools: tools are declared in the prompt, so calls may be made.
-    next_call_index: the conversation's, see `messages.Conversation`.
-    eos_token_ids: the config's, which end a reply beside `<|im_end|>` and `[EOS]`.
+    allow_tools, next_call_index, eos_token_ids: see `Reply`.
     cancelled: asked before each token and between chunks of the prompt; when true the reply ends
         at once with finish_reason "cancelled". The session is left at a token border, whether
         cancelled, abandoned or interrupted: the next `sync` works.
@@ -195,14 +229,244 @@ def generate(
     Raises ContextError when the prompt does not fit; a reply that fills the context ends with
     finish_reason "length".
     """
-    prompt = _continued(tokenizer, prompt_ids, params)
-    parser = StreamParser(
+    reply = Reply(
         tokenizer,
-        in_reasoning=starts_in_reasoning(tokenizer, prompt),
+        prompt_ids,
+        params,
+        allow_tools=allow_tools,
         next_call_index=next_call_index,
+        eos_token_ids=eos_token_ids,
     )
-    reply = _Reply(session, tokenizer, params, parser, allow_tools, eos_token_ids, cancelled)
-    return reply.run(prompt, progress)
+
+    def between_layers(done: int, total: int) -> None:
+        if progress is not None:
+            progress(done, total)
+        if cancelled() and done < total:
+            raise _Cancelled
+
+    reply.start(session.common_prefix(reply.prompt))
+    try:
+        logits = session.sync(reply.prompt, between_layers)
+    except _Cancelled:
+        reply.finish("cancelled")
+    while reply.going_on:
+        if cancelled():
+            yield from reply.finish("cancelled")
+            break
+        yield from reply.feed(logits)
+        if reply.finish_reason is not None:
+            break
+        if session.remaining <= 0:
+            yield from reply.finish("length")
+            break
+        try:
+            logits = session.step(reply.token)
+        except ContextError:  # no memory for a longer cache
+            yield from reply.finish("length")
+    yield reply.result()
+
+
+class Reply:
+    """One reply to a prompt, fed with logits.
+
+    Attributes:
+        prompt: the token ids to compute before the first `feed`: the prompt that was given, with
+            the reasoning closed when thinking is off.
+        token: the last token that joined the reply; step it to get what the next `feed` needs.
+        finish_reason: None while the reply goes on.
+        ids: the reply's tokens so far.
+        sampled: of the last `feed`, when `top_logprobs` was asked for and a token joined.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        prompt_ids: Sequence[int],
+        params: SamplingParams,
+        *,
+        plain: bool = False,
+        allow_tools: bool = False,
+        max_calls: int | None = None,
+        next_call_index: int = 0,
+        eos_token_ids: Sequence[int] = (),
+        constraint: Constraint | None = None,
+        top_logprobs: int | None = None,
+    ) -> None:
+        """
+        plain: the prompt is text to continue, no conversation: all of the reply is content.
+        allow_tools: tools are declared in the prompt, so calls may be made.
+        max_calls: the reply ends after so many calls.
+        next_call_index: the conversation's, see `messages.Conversation`.
+        eos_token_ids: the config's, which end a reply beside `<|im_end|>` and `[EOS]`.
+        top_logprobs: set `sampled` for each token, with so many of the likeliest.
+        """
+        self._tokenizer = tokenizer
+        self._params = params
+        self._max_calls = max_calls
+        self._constraint = constraint
+        self._top_logprobs = top_logprobs
+        ids = tokenizer.special_tokens
+        self._control = ids
+        self._ends = {ids[name] for name in END_TOKENS if name in ids} | {*eos_token_ids}
+        allowed = {*END_TOKENS}
+        if not plain and supports_thinking(tokenizer) and params.thinking_budget != 0:
+            allowed |= {THINK, END_THINK}
+        if allow_tools:
+            allowed |= {*TOOL_TOKENS}
+        banned = [i for name, i in ids.items() if name not in allowed and i not in self._ends]
+        self.prompt = list(prompt_ids) if plain else _continued(tokenizer, prompt_ids, params)
+        self._parser = StreamParser(
+            tokenizer,
+            in_reasoning=not plain and starts_in_reasoning(tokenizer, self.prompt),
+            next_call_index=next_call_index,
+        )
+        self._sampler = Sampler(params, self.prompt, banned)
+        self._stop = StopMatcher(params.stop)
+        self._content = ""
+        self._n_reasoning = 0
+        self._n_calls = 0
+        self._cached = 0
+        self._started = time.perf_counter()
+        self._prompt_s: float | None = None
+        self._first_s: float | None = None
+        self._total_s = 0.0
+        self.ids: list[int] = []
+        self.sampled: Sampled | None = None
+        self.finish_reason: FinishReason | None = None
+
+    @property
+    def going_on(self) -> bool:
+        """Whether it wants more logits."""
+        return self.finish_reason is None
+
+    @property
+    def token(self) -> int:
+        return self.ids[-1]
+
+    def start(self, cached_tokens: int) -> None:
+        """The prompt is about to be computed; `cached_tokens` of it are already."""
+        self._cached = cached_tokens
+        self._started = time.perf_counter()
+
+    def feed(self, logits: NDArray[np.float32]) -> list[Event]:
+        """Choose the next token by these logits (float32 [V], not changed); returns its events.
+
+        Raises what `Sampler.sample` raises; the reply then cannot go on.
+        """
+        assert self.finish_reason is None
+        self.sampled = None
+        if self._prompt_s is None:
+            self._prompt_s = self._elapsed()
+            self._sampler.ban(*range(self._tokenizer.n_vocab, logits.size))
+        token = self._next(logits)
+        if self._first_s is None:
+            self._first_s = self._elapsed()
+        if token in self._ends:
+            return self.finish("stop")
+        self.ids.append(token)
+        self._sampler.accept(token)
+        if self._constraint is not None:
+            self._constraint.accept(token)
+        if self._top_logprobs is not None:
+            self.sampled = self._with_logprobs(token, logits, self._top_logprobs)
+        is_control = self._tokenizer.is_control(token)
+        self._n_reasoning += self._parser.in_reasoning and not is_control
+        events, stopped = self._watched(self._parser.push(token))
+        limit = self._params.max_tokens
+        if stopped:
+            events += self.finish("stop")
+        elif limit is not None and len(self.ids) >= limit:
+            events += self.finish("length")
+        elif self._max_calls == self._n_calls and token == self._control.get(TOOL_TOKENS[1]):
+            events += self.finish("stop")
+        return events
+
+    def finish(self, reason: FinishReason) -> list[Event]:
+        """End the reply here; returns what was held back until now."""
+        assert self.finish_reason is None
+        events: list[Event] = []
+        if self._stop.found is None:
+            events, stopped = self._watched(self._parser.finish())
+            if not stopped:
+                events += self._certain(self._stop.flush())
+        self.finish_reason = reason
+        if reason == "stop" and self._stop.found is None and self._message().get("tool_calls"):
+            self.finish_reason = "tool_calls"
+        self._total_s = self._elapsed()
+        return events
+
+    def result(self) -> Result:
+        """The reply that has ended."""
+        assert self.finish_reason is not None
+        first_s = self._total_s if self._first_s is None else self._first_s
+        decode_s = self._total_s - first_s
+        return Result(
+            finish_reason=self.finish_reason,
+            message=self._message(),
+            usage=Usage(len(self.prompt), len(self.ids), self._n_reasoning, self._cached),
+            timings=Timings(
+                prompt_s=self._total_s if self._prompt_s is None else self._prompt_s,
+                first_token_s=first_s if self.ids else self._total_s,
+                total_s=self._total_s,
+                decode_tps=(len(self.ids) - 1) / decode_s
+                if len(self.ids) > 1 and decode_s > 0
+                else 0.0,
+            ),
+            token_ids=tuple(self.ids),
+            stop=self._stop.found,
+        )
+
+    def _next(self, logits: NDArray[np.float32]) -> int:
+        budget, ids = self._params.thinking_budget, self._control
+        if self._parser.in_reasoning and budget is not None and self._n_reasoning >= budget:
+            self._sampler.ban(ids[THINK], ids[END_THINK])
+            return ids[END_THINK]
+        if self._max_calls == self._n_calls and self._n_calls and TOOL_TOKENS[1] in ids:
+            return ids[TOOL_TOKENS[1]]
+        allowed = None if self._constraint is None else self._constraint.mask()
+        return self._sampler.sample(logits, allowed)
+
+    def _with_logprobs(self, token: int, logits: NDArray[np.float32], top: int) -> Sampled:
+        if self._tokenizer.is_control(token) or not self._parser.in_text:
+            part: Literal["content", "reasoning", "control"] = "control"
+        else:
+            part = "reasoning" if self._parser.in_reasoning else "content"
+        return Sampled(token, part, *logprobs(logits, token, top))
+
+    def _watched(self, events: list[Event]) -> tuple[list[Event], bool]:
+        """Events with stop strings watched for in the content; and whether one was found."""
+        certain: list[Event] = []
+        for event in events:
+            if isinstance(event, Content):
+                text, found = self._stop.push(event.text)
+                certain += self._certain(text)
+                if found:
+                    return certain, True
+            else:
+                if isinstance(event, ToolCallStart):
+                    certain += self._certain(self._stop.flush())
+                self._n_calls += isinstance(event, ToolCallEnd)
+                certain.append(event)
+        return certain, False
+
+    def _certain(self, text: str) -> list[Event]:
+        self._content += text
+        return [Content(text)] if text else []
+
+    def _message(self) -> dict[str, Any]:
+        """The assistant message; when the reply was cut, without the call that this broke."""
+        cut = self.finish_reason in ("length", "cancelled")
+        parsed = self._parser.message()
+        message: dict[str, Any] = {"role": "assistant", "content": self._content or None}
+        if parsed.get("reasoning_content"):
+            message["reasoning_content"] = parsed["reasoning_content"]
+        made = zip(parsed.get("tool_calls") or [], self._parser.calls, strict=True)
+        if calls := [shown for shown, call in made if call.complete or not cut]:
+            message["tool_calls"] = calls
+        return message
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._started
 
 
 def _continued(
@@ -216,143 +480,3 @@ def _continued(
             prompt.append(ids[THINK])
         prompt.append(ids[END_THINK])
     return prompt
-
-
-class _Reply:
-    def __init__(
-        self,
-        session: SessionLike,
-        tokenizer: Tokenizer,
-        params: SamplingParams,
-        parser: StreamParser,
-        allow_tools: bool,
-        eos_token_ids: Sequence[int],
-        cancelled: Callable[[], bool],
-    ) -> None:
-        self._session = session
-        self._tokenizer = tokenizer
-        self._params = params
-        self._cancelled = cancelled
-        ids = tokenizer.special_tokens
-        self._ends = {ids[name] for name in END_TOKENS if name in ids} | {*eos_token_ids}
-        allowed = {*END_TOKENS}
-        if supports_thinking(tokenizer) and params.thinking_budget != 0:
-            allowed |= {THINK, END_THINK}
-        if allow_tools:
-            allowed |= {*TOOL_TOKENS}
-        self._banned = [i for name, i in ids.items() if name not in allowed and i not in self._ends]
-        self._parser = parser
-        self._stop = StopMatcher(params.stop)
-        self._content = ""
-        self._started = time.perf_counter()
-
-    def run(
-        self, prompt: list[int], progress: Callable[[int, int], None] | None
-    ) -> Iterator[Event | Result]:
-        cached = self._session.common_prefix(prompt)
-        sampler = Sampler(self._params, prompt, self._banned)
-        parser = self._parser
-        ids: list[int] = []
-        n_reasoning = 0
-        prompt_s = first_s = 0.0
-        reason: FinishReason | None = None
-
-        def between_layers(done: int, total: int) -> None:
-            if progress is not None:
-                progress(done, total)
-            if self._cancelled() and done < total:
-                raise _Cancelled
-
-        try:
-            logits = self._session.sync(prompt, between_layers)
-            sampler.ban(*range(self._tokenizer.n_vocab, logits.size))
-        except _Cancelled:
-            reason = "cancelled"
-        prompt_s = self._elapsed()
-        limit = self._params.max_tokens
-        while reason is None:
-            if self._cancelled():
-                reason = "cancelled"
-                break
-            token = self._next(sampler, logits, n_reasoning)
-            if not ids:
-                first_s = self._elapsed()
-            if token in self._ends:
-                reason = "stop"
-                break
-            ids.append(token)
-            sampler.accept(token)
-            n_reasoning += parser.in_reasoning and not self._tokenizer.is_control(token)
-            stopped = yield from self._emit(parser.push(token))
-            if stopped:
-                reason = "stop"
-            elif (limit is not None and len(ids) >= limit) or self._session.remaining <= 0:
-                reason = "length"
-            else:
-                try:
-                    logits = self._session.step(token)
-                except ContextError:  # no memory for a longer cache
-                    reason = "length"
-        stopped_inside = reason == "stop" and token not in self._ends
-        if not stopped_inside:
-            stopped_inside = yield from self._emit(parser.finish())
-        if not stopped_inside:
-            yield from self._certain(self._stop.flush())
-        message = self._message(cut=reason in ("length", "cancelled"))
-        if reason == "stop" and message.get("tool_calls") and not stopped_inside:
-            reason = "tool_calls"
-        total_s = self._elapsed()
-        decode_s = total_s - first_s
-        yield Result(
-            finish_reason=reason,
-            message=message,
-            usage=Usage(len(prompt), len(ids), n_reasoning, cached),
-            timings=Timings(
-                prompt_s=prompt_s,
-                first_token_s=first_s if ids else total_s,
-                total_s=total_s,
-                decode_tps=(len(ids) - 1) / decode_s if len(ids) > 1 and decode_s > 0 else 0.0,
-            ),
-            token_ids=tuple(ids),
-        )
-
-    def _next(self, sampler: Sampler, logits: NDArray[np.float32], n_reasoning: int) -> int:
-        budget = self._params.thinking_budget
-        if self._parser.in_reasoning and budget is not None and n_reasoning >= budget:
-            ids = self._tokenizer.special_tokens
-            sampler.ban(ids[THINK], ids[END_THINK])
-            return ids[END_THINK]
-        return sampler.sample(logits)
-
-    def _emit(self, events: list[Event]) -> Generator[Event, None, bool]:
-        """Yield events, watching the content for stop strings; returns whether one was found."""
-        for event in events:
-            if isinstance(event, Content):
-                text, found = self._stop.push(event.text)
-                yield from self._certain(text)
-                if found:
-                    return True
-            else:
-                if isinstance(event, ToolCallStart):
-                    yield from self._certain(self._stop.flush())
-                yield event
-        return False
-
-    def _certain(self, text: str) -> Iterator[Event]:
-        if text:
-            self._content += text
-            yield Content(text)
-
-    def _message(self, cut: bool) -> dict[str, Any]:
-        """The assistant message; when the reply was cut, without the call that this broke."""
-        parsed = self._parser.message()
-        message: dict[str, Any] = {"role": "assistant", "content": self._content or None}
-        if parsed.get("reasoning_content"):
-            message["reasoning_content"] = parsed["reasoning_content"]
-        made = zip(parsed.get("tool_calls") or [], self._parser.calls, strict=True)
-        if calls := [shown for shown, call in made if call.complete or not cut]:
-            message["tool_calls"] = calls
-        return message
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._started

@@ -146,6 +146,11 @@ class StreamParser:
         """Whether the next text token would be reasoning."""
         return self._state is _State.REASONING
 
+    @property
+    def in_text(self) -> bool:
+        """Whether the next text token would be reasoning or content, not part of a call."""
+        return self._state in (_State.REASONING, _State.CONTENT)
+
     def push(self, token_id: int) -> list[Event]:
         """The events that this token completes, often one, sometimes none."""
         if not self._tokenizer.is_control(token_id):

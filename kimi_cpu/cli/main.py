@@ -22,9 +22,11 @@ from kimi_cpu.errors import UserError
 VERBS = {
     "chat": ("kimi_cpu.cli.chat", "Talk with a model; conversations are kept."),
     "run": ("kimi_cpu.cli.run", "Answer one prompt and exit."),
+    "serve": ("kimi_cpu.cli.serve", "Serve a model over HTTP, as OpenAI's API."),
     "inspect": ("kimi_cpu.cli.inspect", "Show what a model folder holds and needs."),
     "pull": ("kimi_cpu.cli.pull", "Download a checkpoint from a hub."),
     "repack": ("kimi_cpu.cli.repack", "Convert a checkpoint to the kernels' own format."),
+    "plan": ("kimi_cpu.cli.plan", "Predict speed and memory of a model on this machine."),
     "bench": ("kimi_cpu.cli.bench", "Measure tokens a second beside what memory allows."),
 }
 

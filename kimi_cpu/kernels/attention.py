@@ -1,8 +1,9 @@
 """Causal attention with an online softmax over blocks of cache rows.
 
 Decode: the queries are the heads of the tokens, keys and values the latents themselves, shared by
-all heads. The rows are cut into splits of SPLIT_ROWS at fixed places, so that threads share a long
-context; an item (a group of queries, a split) leaves unnormalised sums, which are then merged.
+all heads, of one or several timelines, in blocks of BLOCK_TOKENS rows anywhere in memory. The rows
+are cut into splits of SPLIT_ROWS at fixed places, so that threads share a long context; an item (a
+group of queries, a split) leaves unnormalised sums, which are then merged.
 Prefill: the queries are the tokens of one head. Nothing of size T x S exists. Borders of blocks and
 splits lie at fixed rows, so a query's result depends neither on the queries that are computed with
 it nor on the number of threads.
@@ -34,12 +35,13 @@ from kimi_cpu.kernels.attention_tile import (
     softmax_block,
     values_tile,
 )
-from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
+from kimi_cpu.kernels.common import BLOCK_TOKENS, KIND_BF16, KIND_F32
 from kimi_cpu.kernels.isa import jit
-from kimi_cpu.kernels.simd import load_f32, load_i32, store_i32
+from kimi_cpu.kernels.simd import load_f32, load_i32, load_i64, store_i32
 
-#: Rows of the cache that one item of decode attention covers; a multiple of BLOCK_ROWS.
+#: Rows of a timeline that one item of decode attention covers; a multiple of BLOCK_ROWS.
 SPLIT_ROWS = 1024
+assert BLOCK_TOKENS % BLOCK_ROWS == 0 == SPLIT_ROWS % BLOCK_ROWS
 #: Queries of a head that share packed keys and values in prefill.
 QUERY_BLOCK = 8 * LANE_GROUP
 
@@ -82,13 +84,13 @@ def prefill_scratch_bytes(form: int, n_dim: int, p_dim: int, v_dim: int) -> int:
 
 
 def decode_groups(n_tokens: int, n_heads: int) -> int:
-    """Groups of queries in a decode attention."""
+    """Groups of the queries of a timeline in a decode attention."""
     return -(-n_tokens * n_heads // LANE_GROUP)
 
 
-def decode_splits(position: int, n_tokens: int) -> int:
-    """Splits of the rows 0 .. position + n_tokens - 1."""
-    return -(-(position + n_tokens) // SPLIT_ROWS)
+def decode_splits(rows: int) -> int:
+    """Splits of so many rows."""
+    return -(-rows // SPLIT_ROWS)
 
 
 @jit
@@ -114,15 +116,25 @@ def _start_group(  # type: ignore[no-untyped-def]
 
 
 @jit
+def _in_block(  # type: ignore[no-untyped-def]
+    table, row, keys, key_stride, k_pe, k_pe_stride
+):
+    """Addresses of a row's key and rotated key in its block."""
+    block, inner = load_i64(table + row // BLOCK_TOKENS * 8), row % BLOCK_TOKENS
+    return block + keys + inner * key_stride, block + k_pe + inner * k_pe_stride
+
+
+@jit
 def _attend(  # type: ignore[no-untyped-def]
-    form, queries, state, n_queries, keys, key_stride, k_pe, k_pe_stride, is_bf16, values,
+    form, queries, state, n_queries, table, keys, key_stride, k_pe, k_pe_stride, is_bf16, values,
     value_stride, n_dim, p_dim, v_dim, row_start, row_stop, scratch,
 ):  # fmt: skip
     """Add the rows row_start .. row_stop-1 to the groups of n_queries queries.
 
     A key is n_dim numbers at keys and p_dim at k_pe, bf16 bits if is_bf16 (k_pe only, if there
-    are own values); values 0 means that the first v_dim key dimensions are the values. Strides in
-    bytes; form is FORM_F32 or FORM_BF16.
+    are own values); values 0 means that the first v_dim key dimensions are the values. With a
+    table the rows lie in blocks, and keys and k_pe are distances from a block's address; then
+    there are no own values. Strides in bytes; form is FORM_F32 or FORM_BF16.
     """
     row_bytes = LANE_GROUP * 4
     size = 4 if form == FORM_F32 else 2
@@ -145,6 +157,12 @@ def _attend(  # type: ignore[no-untyped-def]
         n = min(BLOCK_ROWS, row_stop - first)
         rows = (n + ROW_STEP - 1) // ROW_STEP * ROW_STEP
         key, pe = keys + first * key_stride, k_pe + first * k_pe_stride
+        following = key + BLOCK_ROWS * key_stride
+        if table != 0:
+            key, pe = _in_block(table, first, keys, key_stride, k_pe, k_pe_stride)
+            following = key
+            if first + BLOCK_ROWS < row_stop:
+                following, _ = _in_block(table, first + BLOCK_ROWS, keys, key_stride, k_pe, 0)
         value = values + first * value_stride
         if form == FORM_F32:
             if keys_bf16:
@@ -177,7 +195,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 for r in range(0, seen, TILE):
                     scores_tile(
                         FORM_F32, scratch + r * PANEL * 4, query, n_panels + p_panels,
-                        scores_at + r * row_bytes, key + (BLOCK_ROWS + r) * key_stride, key_stride,
+                        scores_at + r * row_bytes, following + r * key_stride, key_stride,
                         ahead_lines if group == 0 else 0,
                     )  # fmt: skip
                 softmax_block(FORM_F32, scores_at, seen, first, limits, m, alpha_at)
@@ -192,7 +210,7 @@ def _attend(  # type: ignore[no-untyped-def]
                 for r in range(0, seen, TILE):
                     scores_tile(
                         FORM_BF16, scratch + r * PANEL * 2, query, n_panels + p_panels,
-                        scores_at + r * row_bytes, key + (BLOCK_ROWS + r) * key_stride, key_stride,
+                        scores_at + r * row_bytes, following + r * key_stride, key_stride,
                         ahead_lines if group == 0 else 0,
                     )  # fmt: skip
                 softmax_block(FORM_BF16, scores_at, seen, first, limits, m, alpha_at)
@@ -221,30 +239,46 @@ def _pack_group(  # type: ignore[no-untyped-def]
 
 
 @jit
+def decode_items(starts, timelines, n_tokens, n_queries):  # type: ignore[no-untyped-def]
+    """Items of a decode attention: for each timeline, groups of n_queries queries x splits."""
+    n_groups, items = (n_queries + LANE_GROUP - 1) // LANE_GROUP, 0
+    for i in range(timelines):
+        items += (load_i64(starts + i * 8) + n_tokens + SPLIT_ROWS - 1) // SPLIT_ROWS * n_groups
+    return items
+
+
+@jit
 def decode_pack_range(  # type: ignore[no-untyped-def]
     form, q_lat, q_pe, queries, n_queries, rank, p_dim, scale, start, stop
 ):
-    """Transpose the groups start .. stop-1 of q_lat [T H, R] and q_pe [T H, P] into queries."""
+    """Transpose the groups start .. stop-1 of q_lat [B T H, R] and q_pe [B T H, P] into queries.
+
+    n_queries = T H are of one timeline; a group has none of two.
+    """
     size = 4 if form == FORM_F32 else 2
     panels = (rank + PANEL - 1) // PANEL + (p_dim + PANEL - 1) // PANEL
+    n_groups = (n_queries + LANE_GROUP - 1) // LANE_GROUP
     for group in range(start, stop):
-        first = group * LANE_GROUP
+        own = group % n_groups * LANE_GROUP
+        first = group // n_groups * n_queries + own
         _pack_group(
             form, q_lat + first * rank * 4, rank * 4, q_pe + first * p_dim * 4, p_dim * 4,
-            min(LANE_GROUP, n_queries - first), rank, p_dim, scale,
+            min(LANE_GROUP, n_queries - own), rank, p_dim, scale,
             queries + group * panels * PANEL * size * LANE_GROUP,
         )  # fmt: skip
 
 
 @jit
 def decode_range(  # type: ignore[no-untyped-def]
-    form, queries, c_kv, k_pe, is_bf16, states, n_tokens, n_heads, rank, p_dim, position, scratch,
-    slots, slot_bytes, start, stop,
+    form, queries, tables, starts, c_kv, k_pe, is_bf16, states, n_tokens, n_heads, rank, p_dim,
+    scratch, slots, slot_bytes, start, stop,
 ):  # fmt: skip
-    """Items start .. stop-1 of a decode attention; token t sees the rows 0 .. position + t.
+    """Items start .. stop-1 of a decode attention over the latents of some timelines.
 
-    Item split * n_groups + group leaves its sums in states, one for each item. The cache is
-    [S, R] and [S, P]; queries come from `decode_pack_range`; FORM_BF16 needs a bf16 cache.
+    Token t of a timeline sees its rows 0 .. position + t. A timeline's items follow those of the
+    one before; its item split * n_groups + group leaves its sums in states, one for each item.
+    tables, starts, c_kv and k_pe are those of `common.Latents`; queries come from
+    `decode_pack_range`; FORM_BF16 needs bf16 latents.
     """
     n_queries = n_tokens * n_heads
     n_groups = (n_queries + LANE_GROUP - 1) // LANE_GROUP
@@ -255,21 +289,29 @@ def decode_range(  # type: ignore[no-untyped-def]
     element = 2 if is_bf16 else 4
     slot = _claim(scratch, slots)
     place = scratch + slots * SLOT_CELL + slot * slot_bytes
+    timeline, first_item = 0, 0
     while start < stop:
-        split = start // n_groups
-        group = start - split * n_groups
+        items = decode_items(starts + timeline * 8, 1, n_tokens, n_queries)
+        if start >= first_item + items:
+            timeline += 1
+            first_item += items
+            continue
+        position = load_i64(starts + timeline * 8)
+        split = (start - first_item) // n_groups
+        group = start - first_item - split * n_groups
         last = min(n_groups, group + stop - start)
         for g in range(group, last):
             _start_group(
-                states + (split * n_groups + g) * item_bytes, rank, g * LANE_GROUP, n_queries,
+                states + (start + g - group) * item_bytes, rank, g * LANE_GROUP, n_queries,
                 n_heads, position,
             )  # fmt: skip
         end = min(n_queries, last * LANE_GROUP)
         most = position + 1 + (end - 1) // n_heads
         _attend(
-            form, queries + group * group_bytes, states + start * item_bytes,
-            end - group * LANE_GROUP, c_kv, rank * element, k_pe, p_dim * element, is_bf16, 0, 0,
-            rank, p_dim, rank, split * SPLIT_ROWS, min(most, (split + 1) * SPLIT_ROWS), place,
+            form, queries + (timeline * n_groups + group) * group_bytes,
+            states + start * item_bytes, end - group * LANE_GROUP, load_i64(tables + timeline * 8),
+            c_kv, rank * element, k_pe, p_dim * element, is_bf16, 0, 0, rank, p_dim, rank,
+            split * SPLIT_ROWS, min(most, (split + 1) * SPLIT_ROWS), place,
         )  # fmt: skip
         start += last - group
     exchange(scratch + slot * SLOT_CELL, 0)
@@ -277,16 +319,20 @@ def decode_range(  # type: ignore[no-untyped-def]
 
 @jit
 def decode_merge_range(  # type: ignore[no-untyped-def]
-    states, out, n_tokens, n_heads, rank, position, start, stop
+    states, out, n_tokens, n_heads, rank, starts, start, stop
 ):
-    """Queries start .. stop-1 (token * n_heads + head) of out [T, H, R] from the items' sums."""
-    n_groups = (n_tokens * n_heads + LANE_GROUP - 1) // LANE_GROUP
+    """Queries start .. stop-1 (token * n_heads + head) of out [B T, H, R] from the items' sums."""
+    n_queries = n_tokens * n_heads
+    n_groups = (n_queries + LANE_GROUP - 1) // LANE_GROUP
     padded = (rank + PANEL - 1) // PANEL * PANEL
     item_bytes = (3 + padded) * LANE_GROUP * 4
     for query in range(start, stop):
-        lane = query % LANE_GROUP
-        state = states + query // LANE_GROUP * item_bytes + lane * 4
-        n_splits = (position + query // n_heads) // SPLIT_ROWS + 1
+        timeline = query // n_queries
+        own = query - timeline * n_queries
+        lane = own % LANE_GROUP
+        item = decode_items(starts, timeline, n_tokens, n_queries) + own // LANE_GROUP
+        state = states + item * item_bytes + lane * 4
+        n_splits = (load_i64(starts + timeline * 8) + own // n_heads) // SPLIT_ROWS + 1
         largest = load_f32(state)
         for split in range(1, n_splits):
             largest = max(largest, load_f32(state + split * n_groups * item_bytes))
@@ -338,9 +384,9 @@ def prefill_range(  # type: ignore[no-untyped-def]
             _start_group(states + group * item_bytes, v_dim, t + first, n_tokens, 1, position)
         head_keys = keys + head * (n_dim + v_dim) * 4
         _attend(
-            form, queries, states, n, head_keys, key_stride, k_pe, p_dim * (2 if is_bf16 else 4),
-            is_bf16, head_keys + n_dim * 4, key_stride, n_dim, p_dim, v_dim, 0, position + t + n,
-            place,
+            form, queries, states, n, 0, head_keys, key_stride, k_pe,
+            p_dim * (2 if is_bf16 else 4), is_bf16, head_keys + n_dim * 4, key_stride, n_dim,
+            p_dim, v_dim, 0, position + t + n, place,
         )  # fmt: skip
         for i in range(n):
             lane = i % LANE_GROUP

@@ -1,4 +1,4 @@
-"""What both kernel implementations share: the quantised activation and the table of experts."""
+"""What both kernel implementations share: quantised activations, experts' and latents' places."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from kimi_cpu.quant import F32, U8, U16, Int4Weight, PackedWeight, Weight
 I32 = npt.NDArray[np.int32]
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
+#: Rows of latents: float32, or uint16 for bf16 bits.
+Rows = npt.NDArray[Any]
 
 #: "exact": float32 activations. "fast": int8 activations in groups of 32 for INT4 weights.
 Precision = Literal["exact", "fast"]
@@ -23,9 +25,11 @@ Precision = Literal["exact", "fast"]
 Expert = tuple[Weight, Weight, Weight]
 
 
-#: int64 [], the timeline's length before the tokens at hand. An array, so that recorded
-#: operations find the new value in the same place.
+#: int64 [], a number that recorded operations find in the same place when they are played again.
 Position = npt.NDArray[np.int64]
+
+#: Rows of latents that lie together: a block holds those of as many tokens, in all layers.
+BLOCK_TOKENS = 256
 
 
 @dataclass(frozen=True)
@@ -81,6 +85,66 @@ def weight_addresses(w: Weight) -> tuple[int, int]:
     if not values.flags.c_contiguous:
         raise ValueError("a weight must be C-contiguous")
     return address(values), 0
+
+
+@dataclass(frozen=True)
+class Latents:
+    """Where one layer's latents of B timelines lie, in blocks of BLOCK_TOKENS rows.
+
+    Row r of a timeline is row r % BLOCK_TOKENS of its block r // BLOCK_TOKENS, whose address its
+    table tells. Compiled code reads `tables` and `starts` when it runs, so a recorded pass serves
+    any timeline. The caller keeps the memory alive and has blocks for all rows.
+
+    Attributes:
+        tables: int64 [B], address of each timeline's table: int64 addresses of its blocks.
+        starts: int64 [B], rows of each timeline before the tokens at hand.
+        rows: no timeline has more rows than this, the tokens at hand included.
+        c_kv, k_pe: bytes from a block's address to this layer's c_kv [BLOCK_TOKENS, R] and
+            k_pe [BLOCK_TOKENS, P].
+        rank, rope_dim: R and P.
+        dtype: of `Rows`.
+    """
+
+    tables: I64
+    starts: I64
+    rows: int
+    c_kv: int
+    k_pe: int
+    rank: int
+    rope_dim: int
+    dtype: type[np.float32] | type[np.uint16] = np.float32
+
+    def tokens_of(self, n: int) -> int:
+        """How many of n tokens at hand each timeline has; ValueError if they do not fit."""
+        n_timelines = len(self.starts)
+        if n % n_timelines or int(self.starts.max()) + n // n_timelines > self.rows:
+            raise ValueError(
+                f"{n} tokens after rows {self.starts.tolist()} do not fit latents of "
+                f"{self.rows} rows"
+            )
+        return n // n_timelines
+
+    def block(self, timeline: int, i: int) -> tuple[Rows, Rows]:
+        """Views of block i of a timeline: c_kv [BLOCK_TOKENS, R] and k_pe [BLOCK_TOKENS, P]."""
+        at = ctypes.c_int64.from_address(int(self.tables[timeline]) + 8 * i).value
+        places = ((at + self.c_kv, self.rank), (at + self.k_pe, self.rope_dim))
+        c_kv, k_pe = (self._view(place, width) for place, width in places)
+        return c_kv, k_pe
+
+    def _view(self, at: int, width: int) -> Rows:
+        n_bytes = BLOCK_TOKENS * width * np.dtype(self.dtype).itemsize
+        memory = np.ctypeslib.as_array((ctypes.c_uint8 * n_bytes).from_address(at))
+        return memory.view(self.dtype).reshape(BLOCK_TOKENS, width)
+
+    def gather(self, timeline: int, end: int) -> tuple[Rows, Rows]:
+        """Copies of a timeline's first `end` rows: c_kv [end, R] and k_pe [end, P]."""
+        c_kv = np.empty((end, self.rank), self.dtype)
+        k_pe = np.empty((end, self.rope_dim), self.dtype)
+        for first in range(0, end, BLOCK_TOKENS):
+            part = slice(first, min(first + BLOCK_TOKENS, end))
+            here, here_pe = self.block(timeline, first // BLOCK_TOKENS)
+            c_kv[part], k_pe[part] = here[: end - first], here_pe[: end - first]
+        return c_kv, k_pe
 
 
 class ExpertSource(Protocol):

@@ -19,7 +19,7 @@ from kimi_cpu.kernels.linears import (
     silu_mul,
     split,
 )
-from kimi_cpu.kernels.mla import absorb_q, absorb_v, mla_decode, mla_prefill, store_rows_at
+from kimi_cpu.kernels.mla import absorb_q, absorb_v, mla_decode, mla_prefill, store_latents
 from kimi_cpu.kernels.routed import anticipate, moe, request, route
 from kimi_cpu.kernels.threads import recording
 
@@ -44,5 +44,5 @@ __all__ = [
     "route",
     "silu_mul",
     "split",
-    "store_rows_at",
+    "store_latents",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 
@@ -21,12 +23,12 @@ from kimi_cpu.kernels.attention import (
 )
 from kimi_cpu.kernels.attention_absorb import absorb_q_range
 from kimi_cpu.kernels.attention_tile import FORM_BF16, FORM_F32, HAS_BF16_DOT
-from kimi_cpu.kernels.common import KIND_BF16, Position, address, weight_addresses, weight_kind
+from kimi_cpu.kernels.common import KIND_BF16, Latents, address, weight_addresses, weight_kind
 from kimi_cpu.kernels.linears import ROW_GRAIN, check, iota_address
 from kimi_cpu.kernels.matmul import matmul_range
-from kimi_cpu.kernels.rows import store_rows
+from kimi_cpu.kernels.rows import store_latent_rows
 from kimi_cpu.kernels.threads import active_tape, empty, run
-from kimi_cpu.quant import F32, U16, Int4Weight, PackedWeight, Weight, as_f32, dequantize
+from kimi_cpu.quant import F32, U16, Int4Weight, PackedWeight, Weight, dequantize
 
 
 def _dense(w: Weight) -> U16 | F32:
@@ -100,47 +102,34 @@ def _put_back(memory: npt.NDArray[np.uint8]) -> None:
         _work_space.append(memory)
 
 
-def mla_decode(
-    q_lat: F32,
-    q_pe: F32,
-    c_kv: F32 | U16,
-    k_pe: F32 | U16,
-    start: int | Position,
-    scale: float,
-    threads: int = 1,
-) -> F32:
-    """As `reference.mla_decode`: q_lat [T, H, R], q_pe [T, H, P], cache [S, R], [S, P]."""
-    check(q_lat, None, None, None)
-    n, n_heads, rank = q_lat.shape
-    check(q_pe, n, n_heads, None)
-    p_dim = q_pe.shape[2]
-    if c_kv.dtype != k_pe.dtype:
-        c_kv, k_pe = as_f32(c_kv), as_f32(k_pe)
-    if c_kv.shape[1] != rank or k_pe.shape[1] != p_dim or min(len(c_kv), len(k_pe)) < start + n:
-        raise ValueError(f"a cache of {c_kv.shape}, {k_pe.shape} for {start} + {n} tokens")
+def mla_decode(q_lat: F32, q_pe: F32, latents: Latents, scale: float, threads: int = 1) -> F32:
+    """As `reference.mla_decode`: q_lat [B T, H, R], q_pe [B T, H, P] -> [B T, H, R]."""
+    check(q_lat, None, None, latents.rank)
+    check(q_pe, *q_lat.shape[:2], latents.rope_dim)
+    n, timelines = latents.tokens_of(len(q_lat)), len(latents.starts)
     out = empty(q_lat.shape)
-    if n == 1:  # may be recorded: `start` is then read when the tape is played
-        _decode_part(q_lat, q_pe, c_kv, k_pe, start, scale, threads, out)
+    if n == 1 or timelines > 1:  # may be recorded: positions are then read when the tape is played
+        _decode_part(q_lat, q_pe, latents, scale, threads, out)
         return out
-    a_token = decode_splits(int(start), n) * decode_groups(1, n_heads) * state_bytes(rank)
+    groups = decode_groups(1, q_lat.shape[1])
+    a_token = decode_splits(latents.rows) * groups * state_bytes(latents.rank)
     step = max(1, _MAX_STATE_BYTES // a_token)
     for t in range(0, n, step):
         part = slice(t, t + step)
-        first = int(start) + t
-        _decode_part(q_lat[part], q_pe[part], c_kv, k_pe, first, scale, threads, out[part])
+        rest = replace(latents, starts=latents.starts + t)
+        _decode_part(q_lat[part], q_pe[part], rest, scale, threads, out[part])
     return out
 
 
 def _decode_part(
-    q_lat: F32, q_pe: F32, c_kv: F32 | U16, k_pe: F32 | U16, start: int | Position, scale: float,
-    threads: int, out: F32,
-) -> None:  # fmt: skip
-    (n, n_heads, rank), p_dim = q_lat.shape, q_pe.shape[2]
-    position = np.asarray(start, dtype=np.int64)
-    rows = int(start) + n if active_tape() is None else len(c_kv)
-    is_bf16 = c_kv.dtype == np.uint16
+    q_lat: F32, q_pe: F32, latents: Latents, scale: float, threads: int, out: F32
+) -> None:
+    n, n_heads, rank = q_lat.shape
+    timelines, p_dim, rows = len(latents.starts), latents.rope_dim, latents.rows
+    n_tokens = n // timelines
+    is_bf16 = latents.dtype == np.uint16
     form = FORM_BF16 if is_bf16 and HAS_BF16_DOT else FORM_F32
-    groups, splits = decode_groups(n, n_heads), decode_splits(rows - n, n)
+    groups, splits = timelines * decode_groups(n_tokens, n_heads), decode_splits(rows)
     slots, slot_bytes = max(threads, 1), decode_scratch_bytes(form, rank, p_dim)
     sizes = (
         slots * (SLOT_CELL + slot_bytes), groups * query_bytes(form, rank, p_dim),
@@ -151,19 +140,20 @@ def _decode_part(
     scratch = address(work)
     queries = scratch + sizes[0]
     states = queries + sizes[1]
-    items = empty((), np.int64)  # how many there are depends on the position
-    keep = (q_lat, q_pe, c_kv, k_pe, out, work, items, position)
+    tables, starts = address(latents.tables), address(latents.starts)
+    items = empty((), np.int64)  # how many there are depends on the positions
+    keep = (q_lat, q_pe, latents, out, work, items)
     pack = (
-        form, address(q_lat), address(q_pe), queries, n * n_heads, rank, p_dim, float(scale),
-        groups, n, address(position), address(items),
+        form, address(q_lat), address(q_pe), queries, n_tokens * n_heads, rank, p_dim,
+        float(scale), starts, timelines, n_tokens, address(items),
     )  # fmt: skip
     run(decode_pack_range, pack, keep, groups)
     args = (
-        form, queries, weight_addresses(c_kv)[0], weight_addresses(k_pe)[0], int(is_bf16), states,
-        n, n_heads, rank, p_dim, address(position), scratch, slots, slot_bytes,
+        form, queries, tables, starts, latents.c_kv, latents.k_pe, int(is_bf16), states, n_tokens,
+        n_heads, rank, p_dim, scratch, slots, slot_bytes,
     )  # fmt: skip
     run(decode_range, args, keep, items, 1, threads, n * n_heads * rows * rank // 16)
-    merge = (states, address(out), n, n_heads, rank, address(position))
+    merge = (states, address(out), n_tokens, n_heads, rank, starts)
     run(decode_merge_range, merge, keep, n * n_heads, 1, threads, splits * out.nbytes // 2)
     _put_back(work)
 
@@ -173,7 +163,7 @@ def mla_prefill(
     q_pe: F32,
     kv: F32,
     k_pe: F32 | U16,
-    start: int | Position,
+    start: int,
     scale: float,
     threads: int = 1,
 ) -> F32:
@@ -199,19 +189,20 @@ def mla_prefill(
     )  # fmt: skip
     items = n_heads * -(-n // QUERY_BLOCK)
     keep = (q_nope, q_pe, kv, k_pe, out, work, position)
-    cost = n * n_heads * (int(start) + n) * n_dim // 16
+    cost = n * n_heads * (start + n) * n_dim // 16
     run(prefill_range, args, keep, items, 1, threads, cost)
     _put_back(work)
     return out
 
 
-def store_rows_at(rows: F32, out: U16 | F32, start: int | Position) -> None:
-    """As `reference.store_rows_at`: rows [T, D] -> out[start : start + T]."""
-    check(rows, None, out.shape[1])
-    if int(start) + len(rows) > len(out):
-        raise ValueError(f"{start} + {len(rows)} rows do not fit {len(out)}")
-    position = np.asarray(start, dtype=np.int64)
+def store_latents(c_kv: F32, k_pe: F32, latents: Latents) -> None:
+    """As `reference.store_latents`: c_kv [B T, R], k_pe [B T, P] into the timelines' blocks."""
+    n_tokens = latents.tokens_of(len(c_kv))
+    check(c_kv, None, latents.rank)
+    check(k_pe, len(c_kv), latents.rope_dim)
     args = (
-        address(rows), address(out), int(out.dtype == np.uint16), rows.shape[1], address(position)
+        address(c_kv), address(k_pe), address(latents.tables), address(latents.starts),
+        latents.c_kv, latents.k_pe, int(latents.dtype == np.uint16), latents.rank,
+        latents.rope_dim, n_tokens,
     )  # fmt: skip
-    run(store_rows, args, (rows, out, position), len(rows))
+    run(store_latent_rows, args, (c_kv, k_pe, latents), len(c_kv))

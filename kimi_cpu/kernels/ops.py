@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kimi_cpu.kernels.attention import (
-    SPLIT_ROWS,
+    decode_items,
     decode_merge_range,
     decode_pack_range,
     decode_range,
@@ -21,7 +21,7 @@ from kimi_cpu.kernels.moe import (
 )
 from kimi_cpu.kernels.norm_rope import rmsnorm_rows, rope_rows, silu_mul_rows
 from kimi_cpu.kernels.router import route_rows
-from kimi_cpu.kernels.rows import add_rows, split_rows, store_i64, store_rows
+from kimi_cpu.kernels.rows import add_rows, split_rows, store_i64, store_latent_rows
 from kimi_cpu.kernels.simd import load_i64
 from kimi_cpu.kernels.threads import as_f64, load_args, op_of
 
@@ -56,31 +56,28 @@ def sort(args, start, stop):  # type: ignore[no-untyped-def]
     sort_pairs(*load_args(args, 8))
 
 
-# Positions are read when an operation is played, so that a tape serves every token.
+# Positions and tables are read when an operation is played, so that a tape serves every token.
 
 
 @op_of(decode_pack_range)
 def decode_pack(args, start, stop):  # type: ignore[no-untyped-def]
-    form, q_lat, q_pe, queries, n_queries, rank, p_dim, scale, groups, n_tokens, position, items = (
-        load_args(args, 12)
-    )
+    form, q_lat, q_pe, queries, n_queries, rank, p_dim, scale = load_args(args, 8)
     decode_pack_range(
         form, q_lat, q_pe, queries, n_queries, rank, p_dim, as_f64(scale), start, stop
     )
     if start == 0:
-        rows = load_i64(position) + n_tokens
-        store_i64(items, (rows + SPLIT_ROWS - 1) // SPLIT_ROWS * groups)
+        starts, timelines, n_tokens, items = load_args(args + 8 * 8, 4)
+        store_i64(items, decode_items(starts, timelines, n_tokens, n_queries))
 
 
 @op_of(decode_range)
 def decode(args, start, stop):  # type: ignore[no-untyped-def]
-    position = load_i64(load_i64(args + 8 * 10))
-    decode_range(*load_args(args, 10), position, *load_args(args + 8 * 11, 3), start, stop)
+    decode_range(*load_args(args, 15), start, stop)
 
 
 @op_of(decode_merge_range)
 def decode_merge(args, start, stop):  # type: ignore[no-untyped-def]
-    decode_merge_range(*load_args(args, 5), load_i64(load_i64(args + 8 * 5)), start, stop)
+    decode_merge_range(*load_args(args, 6), start, stop)
 
 
 @op_of(prefill_range)
@@ -145,7 +142,6 @@ def split(args, start, stop):  # type: ignore[no-untyped-def]
     split_rows(*load_args(args, 5), start, stop)
 
 
-@op_of(store_rows)
-def store(args, start, stop):  # type: ignore[no-untyped-def]
-    rows, out, is_bf16, d, position = load_args(args, 5)
-    store_rows(rows, out, is_bf16, d, load_i64(position), start, stop)
+@op_of(store_latent_rows)
+def store_latents(args, start, stop):  # type: ignore[no-untyped-def]
+    store_latent_rows(*load_args(args, 10), start, stop)

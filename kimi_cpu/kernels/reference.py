@@ -11,7 +11,7 @@ from itertools import chain
 
 import numpy as np
 
-from kimi_cpu.kernels.common import I32, Q8, ExpertTable, Position, Precision
+from kimi_cpu.kernels.common import BLOCK_TOKENS, I32, Q8, ExpertTable, Latents, Precision
 from kimi_cpu.quant import (
     F32,
     GROUP_SIZE,
@@ -178,25 +178,19 @@ def _causal_softmax(scores: F32, start: int) -> F32:
     return softmax
 
 
-def mla_decode(
-    q_lat: F32,
-    q_pe: F32,
-    c_kv: F32 | U16,
-    k_pe: F32 | U16,
-    start: int | Position,
-    scale: float,
-    threads: int = 1,
-) -> F32:
-    """Attention in latent space: q_lat [T, H, R], q_pe [T, H, P] -> o_lat [T, H, R].
+def mla_decode(q_lat: F32, q_pe: F32, latents: Latents, scale: float, threads: int = 1) -> F32:
+    """Attention in latent space: q_lat [B T, H, R], q_pe [B T, H, P] -> o_lat [B T, H, R].
 
-    c_kv [S, R] and k_pe [S, P] are the cache (float32 or bf16 bits), S >= start + T; query t
-    attends to rows 0 .. start + t: softmax((q_lat . c_kv + q_pe . k_pe) * scale) . c_kv.
+    The T tokens of each of B timelines follow one another. Token t of a timeline attends to its
+    rows 0 .. start + t: softmax((q_lat . c_kv + q_pe . k_pe) * scale) . c_kv.
     """
-    start = int(start)
-    end = start + len(q_lat)
-    c, k = as_f32(c_kv[:end]), as_f32(k_pe[:end])
-    scores = (q_lat @ c.T + q_pe @ k.T) * np.float32(scale)
-    return _causal_softmax(scores, start) @ c
+    n_tokens, out = latents.tokens_of(len(q_lat)), np.empty_like(q_lat)
+    for b, start in enumerate(latents.starts.tolist()):
+        c, k = (as_f32(rows) for rows in latents.gather(b, start + n_tokens))
+        own = slice(b * n_tokens, (b + 1) * n_tokens)
+        scores = (q_lat[own] @ c.T + q_pe[own] @ k.T) * np.float32(scale)
+        out[own] = _causal_softmax(scores, start) @ c
+    return out
 
 
 def mla_prefill(
@@ -204,7 +198,7 @@ def mla_prefill(
     q_pe: F32,
     kv: F32,
     k_pe: F32 | U16,
-    start: int | Position,
+    start: int,
     scale: float,
     threads: int = 1,
 ) -> F32:
@@ -213,7 +207,7 @@ def mla_prefill(
     kv [S, H, N + V] is kv_b(c_kv) of the rows 0 .. S-1, k_pe [S, P] their rotated shared keys;
     query t attends to rows 0 .. start + t.
     """
-    start, n = int(start), q_nope.shape[2]
+    n = q_nope.shape[2]
     scores = np.einsum("thn,shn->ths", q_nope, kv[:, :, :n], optimize=True)
     scores = (scores + q_pe @ as_f32(k_pe).T) * np.float32(scale)
     p = _causal_softmax(scores, start)
@@ -230,7 +224,14 @@ def split(x: F32, n_left: int) -> tuple[F32, F32]:
     return np.ascontiguousarray(x[..., :n_left]), np.ascontiguousarray(x[..., n_left:])
 
 
-def store_rows_at(rows: F32, out: U16 | F32, start: int | Position) -> None:
-    """out[start : start + T] = rows [T, D], rounded to bf16 bits if out is uint16."""
-    at = int(start)
-    out[at : at + len(rows)] = f32_to_bf16(rows) if out.dtype == np.uint16 else rows
+def store_latents(c_kv: F32, k_pe: F32, latents: Latents) -> None:
+    """c_kv [B T, R] and k_pe [B T, P] become the rows start .. start + T - 1 of B timelines.
+
+    They are rounded to bf16 bits if those are what the blocks hold.
+    """
+    n_tokens = latents.tokens_of(len(c_kv))
+    for i in range(len(c_kv)):
+        timeline, t = divmod(i, n_tokens)
+        block, row = divmod(int(latents.starts[timeline]) + t, BLOCK_TOKENS)
+        for rows, out in zip((c_kv, k_pe), latents.block(timeline, block), strict=True):
+            out[row] = f32_to_bf16(rows[i]) if out.dtype == np.uint16 else rows[i]

@@ -6,9 +6,10 @@ from typing import Any
 
 from numba.core import types
 
+from kimi_cpu.kernels.common import BLOCK_TOKENS
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.norm_rope import _emit_pieces, _load, _store
-from kimi_cpu.kernels.simd import I16, I32, Emit, const, intrinsic
+from kimi_cpu.kernels.simd import I16, I32, Emit, const, intrinsic, load_i64
 
 
 @intrinsic
@@ -72,14 +73,30 @@ def split_rows(x, left, right, n_left, n_right, start, stop):  # type: ignore[no
 
 
 @jit
-def store_rows(rows, out, is_bf16, d, position, start, stop):  # type: ignore[no-untyped-def]
-    """Rows start .. stop-1 of rows [T, d] become rows position + start .. of out [S, d]."""
+def _store_row(row, out, is_bf16, d):  # type: ignore[no-untyped-def]
+    if is_bf16:
+        for j in range(d):
+            _to_bf16(row + j * 4, out + j * 2)
+    else:
+        _copy(row, out, d)
+
+
+@jit
+def store_latent_rows(  # type: ignore[no-untyped-def]
+    c_kv, k_pe, tables, starts, c_kv_at, k_pe_at, is_bf16, rank, p_dim, n_tokens, start, stop
+):
+    """Rows start .. stop-1 of c_kv [B T, R] and k_pe [B T, P] become each timeline's next rows.
+
+    The other arguments are those of `common.Latents`; n_tokens is T.
+    """
+    size = 2 if is_bf16 else 4
     for i in range(start, stop):
-        if is_bf16:
-            for j in range(d):
-                _to_bf16(rows + (i * d + j) * 4, out + ((position + i) * d + j) * 2)
-        else:
-            _copy(rows + i * d * 4, out + (position + i) * d * 4, d)
+        timeline = i // n_tokens
+        row = load_i64(starts + timeline * 8) + i - timeline * n_tokens
+        block = load_i64(load_i64(tables + timeline * 8) + row // BLOCK_TOKENS * 8)
+        inner = row % BLOCK_TOKENS
+        _store_row(c_kv + i * rank * 4, block + c_kv_at + inner * rank * size, is_bf16, rank)
+        _store_row(k_pe + i * p_dim * 4, block + k_pe_at + inner * p_dim * size, is_bf16, p_dim)
 
 
 @intrinsic

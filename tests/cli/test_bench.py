@@ -166,7 +166,6 @@ def test_bytes_of_a_decoded_token(tiny):
     [row] = bench.run([Test(0, 3, 4)], [1])
     summary, config = bench.summary, bench.config
     # One token chooses K different experts in each layer that has experts.
-    moe_layers = summary.n_layers - summary.n_dense_layers
     assert row.traffic.experts_per_pass == config.num_experts_per_tok
     assert row.traffic.expert_bytes == summary.token_expert_bytes
     assert row.traffic.trunk_bytes == summary.token_trunk_bytes
@@ -195,13 +194,14 @@ def test_profile_adds_up(tiny):
 
 def test_observed_kernels_pass_everything_on():
     calls = []
-    kernels = SimpleNamespace(__name__="k", VARIANT="v", route=lambda x: (np.array([[1, 2]]), x))
+    kernels = SimpleNamespace(__name__="k", VARIANT="v", request=lambda table, ids: table)
     observed = ObservedKernels(kernels, lambda *call: calls.append(call))
-    assert observed.VARIANT == "v" and observed.route(5)[1] == 5
+    ids = np.array([[1, 2], [2, 1]])
+    assert observed.VARIANT == "v" and observed.request(5, ids) == 5
     counter = ExpertCounter()
     for call in calls:
         counter(*call)
-    assert calls[0][:2] == ("route", (5,)) and counter.touched == 2
+    assert calls[0][:2] == ("request", (5, ids)) and counter.touched == 2
 
 
 def test_progress_counts_every_step(tiny):

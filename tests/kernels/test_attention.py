@@ -7,7 +7,9 @@ import pytest
 
 from kimi_cpu.kernels import fast, mla, reference
 from kimi_cpu.kernels.attention import SPLIT_ROWS
+from kimi_cpu.kernels.common import BLOCK_TOKENS
 from kimi_cpu.quant import f32_to_bf16
+from tests.kernels.conftest import paged, paged_timelines
 
 #: A bf16 cache may be multiplied by queries and probabilities that are rounded to bf16.
 BF16_TOLERANCE = 1e-2
@@ -40,8 +42,9 @@ def test_mla_decode(inputs, close, n, heads, n_dim, p, v, rank, start, cache_kin
     k_pe[start + n :] = np.nan
     if cache_kind != "f32":
         c_kv, k_pe = f32_to_bf16(c_kv), f32_to_bf16(k_pe)
-    got = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1)
-    want = reference.mla_decode(q_lat, q_pe, c_kv[: start + n], k_pe[: start + n], start, 0.1)
+    latents = paged(c_kv, k_pe, start)
+    got = fast.mla_decode(q_lat, q_pe, latents, 0.1)
+    want = reference.mla_decode(q_lat, q_pe, latents, 0.1)
     close(got, want, tolerance(cache_kind))
 
 
@@ -79,7 +82,8 @@ def test_decode_and_prefill_agree(inputs, close):
     w = inputs.f32(heads * (n_dim + v), rank)
     q_nope, q_pe = inputs.f32(n, heads, n_dim), inputs.f32(n, heads, p)
     c_kv, k_pe = inputs.f32(start + n, rank), inputs.f32(start + n, p)
-    o_lat = fast.mla_decode(fast.absorb_q(q_nope, w), q_pe, c_kv, k_pe, start, 0.05)
+    latents = paged(c_kv, k_pe, start)
+    o_lat = fast.mla_decode(fast.absorb_q(q_nope, w), q_pe, latents, 0.05)
     kv = fast.linear(c_kv, w).reshape(start + n, heads, n_dim + v)
     close(fast.absorb_v(o_lat, w, v), fast.mla_prefill(q_nope, q_pe, kv, k_pe, start, 0.05), 1e-4)
 
@@ -93,16 +97,17 @@ def test_a_query_does_not_see_its_neighbours(inputs, monkeypatch, cache_kind, st
     kv = inputs.f32(start + n, heads, rank + 20)
     if cache_kind != "f32":
         c_kv, k_pe = f32_to_bf16(c_kv), f32_to_bf16(k_pe)
-    decode = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1)
+    decode = fast.mla_decode(q_lat, q_pe, paged(c_kv, k_pe, start), 0.1)
     prefill = fast.mla_prefill(q_lat, q_pe, kv, k_pe, start, 0.1)
     for t in (0, 1, 5, 63, 64, 69):
         s = slice(t, t + 1)
-        one = fast.mla_decode(q_lat[s], q_pe[s], c_kv, k_pe, start + t, 0.1, threads=2)
+        latents = paged(c_kv, k_pe, start + t)
+        one = fast.mla_decode(q_lat[s], q_pe[s], latents, 0.1, threads=2)
         np.testing.assert_array_equal(decode[s], one)
         one = fast.mla_prefill(q_lat[s], q_pe[s], kv, k_pe, start + t, 0.1, threads=2)
         np.testing.assert_array_equal(prefill[s], one)
     for threads in (2, 5):
-        again = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1, threads=threads)
+        again = fast.mla_decode(q_lat, q_pe, paged(c_kv, k_pe, start), 0.1, threads=threads)
         np.testing.assert_array_equal(decode, again)
         again = fast.mla_prefill(q_lat, q_pe, kv, k_pe, start, 0.1, threads=threads)
         np.testing.assert_array_equal(prefill, again)
@@ -111,10 +116,34 @@ def test_a_query_does_not_see_its_neighbours(inputs, monkeypatch, cache_kind, st
 def test_large_scores_do_not_overflow(inputs, close):
     q_lat, q_pe = 100 * inputs.f32(1, 4, 32), inputs.f32(1, 4, 8)
     c_kv, k_pe = 100 * inputs.f32(130, 32), inputs.f32(130, 8)
-    args = (q_lat, q_pe, c_kv, k_pe, 129, 1.0)
+    args = (q_lat, q_pe, paged(c_kv, k_pe, 129), 1.0)
     close(fast.mla_decode(*args), reference.mla_decode(*args))
-    bits = (q_lat, q_pe, f32_to_bf16(c_kv), f32_to_bf16(k_pe), 129, 1.0)
+    bits = (q_lat, q_pe, paged(f32_to_bf16(c_kv), f32_to_bf16(k_pe), 129), 1.0)
     assert np.isfinite(fast.mla_decode(*bits)).all()
+
+
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("heads", [1, 5, 40])
+def test_timelines_do_not_see_each_other(inputs, monkeypatch, cache_kind, n, heads):
+    """Several timelines at once, of any length: bit for bit what each gives alone."""
+    monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
+    rank, p = 40, 8
+    starts = [0, 2 * SPLIT_ROWS + 5, BLOCK_TOKENS - 1, SPLIT_ROWS - n, SPLIT_ROWS - 1, 700]
+    rows = [(inputs.f32(start + n, rank), inputs.f32(start + n, p)) for start in starts]
+    if cache_kind != "f32":
+        rows = [(f32_to_bf16(c_kv), f32_to_bf16(k_pe)) for c_kv, k_pe in rows]
+    q_lat, q_pe = inputs.f32(len(starts) * n, heads, rank), inputs.f32(len(starts) * n, heads, p)
+    together = paged_timelines(rows, starts, 3000)
+    got = fast.mla_decode(q_lat, q_pe, together, 0.1, threads=3)
+    np.testing.assert_array_equal(got, fast.mla_decode(q_lat, q_pe, together, 0.1))
+    want = np.empty_like(got)
+    for i, ((c_kv, k_pe), start) in enumerate(zip(rows, starts, strict=True)):
+        own = slice(i * n, (i + 1) * n)
+        latents = paged(c_kv, k_pe, start)
+        one = fast.mla_decode(q_lat[own], q_pe[own], latents, 0.1)
+        np.testing.assert_array_equal(got[own], one)
+        want[own] = reference.mla_decode(q_lat[own], q_pe[own], latents, 0.1)
+    np.testing.assert_array_equal(want, reference.mla_decode(q_lat, q_pe, together, 0.1))
 
 
 def test_many_threads_share_scratch(inputs, monkeypatch):
@@ -123,16 +152,20 @@ def test_many_threads_share_scratch(inputs, monkeypatch):
     n, heads, rank, p, start = 5, 64, 32, 16, 3 * SPLIT_ROWS
     q_lat, q_pe = inputs.f32(n, heads, rank), inputs.f32(n, heads, p)
     c_kv, k_pe = inputs.f32(start + n, rank), inputs.f32(start + n, p)
-    want = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1)
+    latents = paged(c_kv, k_pe, start)
+    want = fast.mla_decode(q_lat, q_pe, latents, 0.1)
     for threads in (2, 3, 9):
-        got = fast.mla_decode(q_lat, q_pe, c_kv, k_pe, start, 0.1, threads)
+        got = fast.mla_decode(q_lat, q_pe, latents, 0.1, threads)
         np.testing.assert_array_equal(want, got)
 
 
 def test_caches_that_are_too_short_are_refused(inputs):
     q_lat, q_pe = inputs.f32(2, 3, 16), inputs.f32(2, 3, 8)
-    with pytest.raises(ValueError, match="cache"):
-        fast.mla_decode(q_lat, q_pe, inputs.f32(6, 16), inputs.f32(6, 8), 5, 1.0)
+    for kernels in (fast, reference):
+        with pytest.raises(ValueError, match="do not fit"):
+            kernels.mla_decode(q_lat, q_pe, paged(inputs.f32(6, 16), inputs.f32(6, 8), 5), 1.0)
+    with pytest.raises(ValueError, match="shape"):
+        fast.mla_decode(q_lat, q_pe, paged(inputs.f32(7, 15), inputs.f32(7, 8), 5), 1.0)
     with pytest.raises(ValueError, match="keys"):
         fast.mla_prefill(q_lat, q_pe, inputs.f32(6, 3, 20), inputs.f32(6, 8), 5, 1.0)
 

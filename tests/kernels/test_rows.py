@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from kimi_cpu.kernels import fast, reference
+from kimi_cpu.quant import f32_to_bf16
+from tests.kernels.conftest import paged, paged_timelines
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 16), (3, 17), (2, 5, 33), (7, 192)])
@@ -23,23 +27,32 @@ def test_split(inputs, shape, n_left):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint16])
-@pytest.mark.parametrize(("n", "d", "start"), [(1, 1, 0), (1, 33, 5), (4, 16, 2)])
-def test_store_rows_at(inputs, dtype, n, d, start):
-    rows = inputs.f32(n, d)
-    ours, theirs = np.ones((9, d), dtype), np.ones((9, d), dtype)
-    fast.store_rows_at(rows, ours, np.array(start))
-    reference.store_rows_at(rows, theirs, start)
-    np.testing.assert_array_equal(ours, theirs)
+@pytest.mark.parametrize(("n", "starts"), [(1, [0]), (1, [5, 700]), (4, [2]), (9, [250, 0, 512])])
+def test_store_latents(inputs, dtype, n, starts):
+    rank, p = 33, 6
+    c_kv, k_pe = inputs.f32(n * len(starts), rank), inputs.f32(n * len(starts), p)
+    empty = [(np.ones((s + n + 1, rank), dtype), np.ones((s + n + 1, p), dtype)) for s in starts]
+    ours, theirs = paged_timelines(empty, starts, 800), paged_timelines(empty, starts, 800)
+    fast.store_latents(c_kv, k_pe, ours)
+    reference.store_latents(c_kv, k_pe, theirs)
+    np.testing.assert_array_equal(ours.memory, theirs.memory)
+    for i, start in enumerate(starts):
+        stored_c, stored_k = theirs.gather(i, start + n + 1)
+        for stored, rows in ((stored_c, c_kv), (stored_k, k_pe)):
+            want = rows[i * n : (i + 1) * n]
+            want = f32_to_bf16(want) if dtype == np.uint16 else want
+            np.testing.assert_array_equal(stored[start:-1], want)
+            assert (stored[:start] == 1).all() and (stored[-1] == 1).all()
     with pytest.raises(ValueError, match="do not fit"):
-        fast.store_rows_at(rows, ours, 9)
+        fast.store_latents(c_kv, k_pe, replace(ours, starts=ours.starts + 800))
 
 
 def test_bf16_rounding_is_to_nearest_even():
     rows = np.array([[1.0, 1 + 2**-8, 1 + 3 * 2**-8, -1.5, 0.0, -0.0, 3.4e38]], np.float32)
-    ours, theirs = np.zeros((1, 7), np.uint16), np.zeros((1, 7), np.uint16)
-    fast.store_rows_at(rows, ours, 0)
-    reference.store_rows_at(rows, theirs, 0)
-    np.testing.assert_array_equal(ours, theirs)
+    latents = paged(np.zeros((1, 7), np.uint16), np.zeros((1, 7), np.uint16), 0)
+    fast.store_latents(rows, rows, latents)
+    for stored in latents.gather(0, 1):
+        np.testing.assert_array_equal(stored, f32_to_bf16(rows))
 
 
 def test_shapes_are_checked(inputs):

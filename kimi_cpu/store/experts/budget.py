@@ -105,6 +105,11 @@ class Budget:
         )
 
 
+def default_memory() -> int:
+    """Bytes that are used if nobody says how many: what is available now less a tenth."""
+    return int(hardware.available_ram_bytes() * (1 - _LEFT_TO_OTHERS))
+
+
 def make_budget(checkpoint: Checkpoint, memory: int | None = None) -> Budget:
     """Divide `memory` bytes, by default what is available now less a tenth."""
     config = checkpoint.config
@@ -114,7 +119,7 @@ def make_budget(checkpoint: Checkpoint, memory: int | None = None) -> Budget:
         trunk_bytes -= checkpoint.entry("model.embed_tokens.weight").nbytes
     given = memory is not None
     if memory is None:
-        memory = int(hardware.available_ram_bytes() * (1 - _LEFT_TO_OTHERS))
+        memory = default_memory()
     n_experts = len(layers) * config.n_routed_experts
     slot_bytes = max(  # of 23,040 experts: half a second
         (

@@ -1,0 +1,15 @@
+"""An OpenAI-compatible HTTP server over one model: Starlette above, one inference thread below.
+
+    app.py        routes, errors, start and stop
+    security.py   who may ask: API key, Host, Origin
+    sse.py        streams that outlive slow prompts and notice clients that leave
+    api/          one file an endpoint: what comes in, what goes out
+    prompts.py    conversation -> token ids; replay.py finds the model's own tokens again
+    worker.py     the inference thread: loads the model, runs the scheduler
+    scheduler.py  whose turn it is: slices of prompts, then one token for every reply
+    jobs.py       one unit of work, and how its results reach the event loop
+    prefixes.py   what stays computed between requests
+
+The inference thread alone touches the engine; the event loop alone touches requests; jobs are the
+only thing that both know.
+"""

@@ -1,0 +1,48 @@
+"""Reading and checking what a client sends."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+
+from kimi_cpu.server.errors import ApiError, from_validation
+from kimi_cpu.server.service import service_of
+
+T = TypeVar("T")
+
+#: A client that takes longer to send its request is given up.
+READ_TIMEOUT_S = 60.0
+
+
+async def read_body(request: Request, form: type[T]) -> T:
+    """The request's JSON body as a msgspec Struct; unknown fields are ignored.
+
+    Raises ApiError: 413 too large, 408 too slow, 400 not JSON or a field of the wrong type.
+    """
+    limit = service_of(request).settings.max_body_bytes
+    too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="too_large")
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > limit:
+        raise too_large
+    body = bytearray()
+    try:
+        async with asyncio.timeout(READ_TIMEOUT_S):
+            async for part in request.stream():
+                body += part
+                if len(body) > limit:
+                    raise too_large
+    except TimeoutError:
+        raise ApiError(408, "the body did not arrive in time", code="timeout") from None
+    except ClientDisconnect:
+        raise ApiError(400, "the client left while sending", code="incomplete") from None
+    try:
+        return msgspec.json.decode(body, type=form)
+    except msgspec.ValidationError as error:
+        raise from_validation(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None

@@ -1,0 +1,44 @@
+"""uvicorn around the application, and the names that whoever starts a server needs."""
+
+from __future__ import annotations
+
+import socket
+
+import uvicorn
+from starlette.applications import Starlette
+
+from kimi_cpu.server.app import make_app
+from kimi_cpu.server.metrics import Metrics
+from kimi_cpu.server.security import is_loopback
+from kimi_cpu.server.settings import Settings
+from kimi_cpu.server.worker import Worker
+
+__all__ = ["Metrics", "Running", "Settings", "Worker", "is_loopback", "make_app"]
+
+#: Connections at once; further ones get 503. Each request in the queue holds one.
+MAX_CONNECTIONS = 1024
+#: After the last reply, how long clients may take to read the end of it.
+GRACE_S = 2.0
+
+
+class Running(uvicorn.Server):
+    """The HTTP server; told to stop, it lets replies go on until the deadline."""
+
+    def __init__(self, worker: Worker, app: Starlette, settings: Settings) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                ws="none",
+                limit_concurrency=MAX_CONNECTIONS,
+                timeout_graceful_shutdown=int(settings.shutdown_s + GRACE_S),
+            )
+        )
+        self._worker = worker
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        self._worker.begin_stop()
+        await super().shutdown(sockets)

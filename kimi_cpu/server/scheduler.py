@@ -1,0 +1,275 @@
+"""Whose turn it is.
+
+A turn of the inference thread is a slice of one prompt, then one token for every reply under way.
+Prompts take turns, so that a short one does not wait for a long one; replies go on while prompts
+are read. Nothing here waits or sleeps, and nothing but `submit` may be called by another thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from typing import TYPE_CHECKING
+
+from kimi_cpu.errors import ContextError, UserError
+from kimi_cpu.quant import F32
+from kimi_cpu.server.errors import ApiError, busy, internal, unavailable
+from kimi_cpu.server.jobs import Finished, Job, Scored, Step
+
+if TYPE_CHECKING:
+    from kimi_cpu.engine import Engine, Session
+    from kimi_cpu.server.metrics import Metrics
+    from kimi_cpu.server.prefixes import Prefixes
+    from kimi_cpu.server.settings import Settings
+
+log = logging.getLogger(__name__)
+
+#: Prompt tokens whose logits are wanted are computed so many at a time: 0.65 MB each for Kimi K2.
+SCORE_SLICE = 128
+
+
+class _Cancelled(Exception):
+    pass
+
+
+class Scheduler:
+    """All jobs of a server, waiting or under way."""
+
+    def __init__(
+        self, engine: Engine, prefixes: Prefixes, settings: Settings, metrics: Metrics
+    ) -> None:
+        self._engine = engine
+        self._prefixes = prefixes
+        self._settings = settings
+        self._metrics = metrics
+        self._waiting: deque[Job] = deque()
+        self._prompts: deque[Job] = deque()  # the next one to get a slice comes first
+        self._replies: list[tuple[Job, F32]] = []  # with the logits of their last token
+        self._wake = threading.Condition()
+        self._closed = False
+        self._abort_at: float | None = None  # perf_counter
+
+    @property
+    def waiting(self) -> int:
+        """Jobs that have not begun."""
+        return len(self._waiting)
+
+    @property
+    def active(self) -> int:
+        """Jobs under way."""
+        return len(self._prompts) + len(self._replies)
+
+    @property
+    def cache_bytes(self) -> int:
+        """Latents kept for later requests."""
+        return self._prefixes.nbytes
+
+    def submit(self, job: Job) -> None:
+        """Queue a job; from any thread. Raises ApiError when there are too many, or at the end."""
+        with self._wake:
+            if self._closed:
+                raise _shutting_down()
+            if len(self._waiting) >= self._settings.max_waiting:
+                # Those who left would be dropped only when it is their turn.
+                self._waiting = deque(job for job in self._waiting if not job.cancelled)
+                if len(self._waiting) >= self._settings.max_waiting:
+                    raise busy(len(self._waiting), 5)
+            self._waiting.append(job)
+            self._wake.notify()
+
+    def close(self, abort_at: float) -> None:
+        """Take no more jobs, and give up the prompt under way at `abort_at` (perf_counter);
+        from any thread."""
+        with self._wake:
+            self._closed = True
+            self._abort_at = abort_at
+            self._wake.notify()
+
+    @property
+    def overdue(self) -> bool:
+        """Whether the time of `close` has come."""
+        return self._abort_at is not None and time.perf_counter() >= self._abort_at
+
+    def wait(self, timeout_s: float) -> None:
+        """Sleep until there is something to do, at most so long."""
+        with self._wake:
+            if not (self._waiting or self.active or self._closed):
+                self._wake.wait(timeout_s)
+
+    def turn(self) -> bool:
+        """Do the next piece of work; False when there was none."""
+        self._admit()
+        had_work = self.active > 0
+        if self._prompts:
+            self._read_slice(self._prompts.popleft())
+        if self._replies:
+            self._decode()
+        return had_work
+
+    def abort(self) -> None:
+        """End all jobs at once, telling those who wait for them."""
+        with self._wake:
+            jobs = [*self._waiting, *self._prompts, *(job for job, _ in self._replies)]
+            self._waiting.clear()
+        self._prompts.clear()
+        self._replies.clear()
+        for job in jobs:
+            self._release(job)
+            job.give(_shutting_down())
+
+    def _admit(self) -> None:
+        while self.active < self._settings.max_active:
+            with self._wake:
+                if not self._waiting:
+                    return
+                job = self._waiting.popleft()
+            if not job.cancelled:
+                self._begin(job)
+
+    def _begin(self, job: Job) -> None:
+        job.queued_s = time.perf_counter() - job.submitted
+        try:
+            if job.score_top is not None:
+                job.session = self._engine.session()  # all its logits are wanted: none are kept
+            else:
+                job.session = self._prefixes.take(job.reply.prompt)
+            job.position = job.session.common_prefix(job.reply.prompt)
+        except Exception as error:
+            self._fail(job, error)
+            return
+        job.todo_tokens = len(job.reply.prompt) - job.position
+        job.reply.start(job.position)
+        self._prompts.append(job)
+
+    def _read_slice(self, job: Job) -> None:
+        """Compute the next tokens of a prompt, up to a multiple of the slice's size."""
+        session, prompt = job.session, job.reply.prompt
+        assert session is not None
+        begin, size = job.position, self._settings.prefill_slice
+        if job.score_top is not None:
+            size = min(size, SCORE_SLICE)
+        end = min(begin + size - begin % size, len(prompt))
+        done_before = job.done_tokens
+
+        def after_layer(done: int, _: int) -> None:
+            job.done_tokens = done_before + done
+            if job.cancelled:
+                raise _Cancelled
+            if self.overdue:
+                raise _shutting_down()
+
+        try:
+            if job.cancelled:
+                raise _Cancelled
+            if job.score_top is None:
+                logits = session.sync(prompt[:end], after_layer)
+            else:
+                every = session.extend(prompt[begin:end], after_layer)
+                job.score(every)
+                logits = every[-1]
+            job.position = end
+            job.done_tokens = done_before + end - begin
+            if end < len(prompt):
+                self._prompts.append(job)
+                return
+            if job.score_top is not None:
+                job.give(Scored(job.scores))
+                logits = logits.copy()  # not all of the slice's
+        except Exception as error:
+            self._fail(job, error)
+            return
+        self._replies.append((job, logits))
+
+    def _decode(self) -> None:
+        """One token for each reply, and what the model says after it."""
+        going_on: list[Job] = []
+        for job, logits in self._replies:
+            try:
+                if job.cancelled:
+                    raise _Cancelled
+                events = job.reply.feed(logits)
+                job.give(Step(events, job.reply.sampled))
+                if not job.reply.going_on:
+                    self._finish(job)
+                elif job.session is not None and job.session.remaining <= 0:
+                    self._cut(job)
+                else:
+                    going_on.append(job)
+            except Exception as error:
+                self._fail(job, error)
+        self._replies = []
+        stepped = step_all([(job.session, job.reply.token) for job in going_on if job.session])
+        for job, outcome in zip(going_on, stepped, strict=True):
+            if isinstance(outcome, ContextError):  # no memory for a longer cache
+                self._cut(job)
+            elif isinstance(outcome, Exception):
+                self._fail(job, outcome)
+            else:
+                self._replies.append((job, outcome))
+
+    def _cut(self, job: Job) -> None:
+        """The context is full."""
+        job.give(Step(job.reply.finish("length")))
+        self._finish(job)
+
+    def _finish(self, job: Job) -> None:
+        result = job.reply.result()
+        self._release(job)
+        self._metrics.replied(result, job.queued_s)
+        log.info("%s", summary(job))
+        job.give(Finished(result, job.queued_s))
+
+    def _fail(self, job: Job, error: Exception) -> None:
+        """End a job by an error, or because it was cancelled; others go on."""
+        if isinstance(error, _Cancelled):
+            self._metrics.cancelled()
+            log.info("%s #%d: the client left", job.label, job.number)
+            self._release(job)
+            return
+        if isinstance(error, UserError | ApiError):
+            self._release(job)
+            job.give(error)
+            return
+        # Whatever it was, its session may be in any state. The traceback holds no prompt text.
+        job.session = None
+        if isinstance(error, MemoryError):
+            self._prefixes.clear()
+            job.give(unavailable("not enough memory for this request", "out_of_memory", 30))
+            log.error("%s #%d: out of memory", job.label, job.number)
+            return
+        log.error("%s #%d failed", job.label, job.number, exc_info=error)
+        job.give(internal())
+
+    def _release(self, job: Job) -> None:
+        if job.session is not None and job.score_top is None:
+            self._prefixes.give_back(job.session)
+        job.session = None
+
+
+def _shutting_down() -> ApiError:
+    return unavailable("the server is shutting down", "shutting_down")
+
+
+def step_all(work: list[tuple[Session, int]]) -> list[F32 | Exception]:
+    """Append a token to each session: the logits after it, float32 [V], or what went wrong."""
+    outcomes: list[F32 | Exception] = []
+    for session, token in work:
+        try:
+            outcomes.append(session.step(token))
+        except Exception as error:
+            outcomes.append(error)
+    return outcomes
+
+
+def summary(job: Job) -> str:
+    """One line about a finished reply: counts and times, no text."""
+    result = job.reply.result()
+    usage, timings = result.usage, result.timings
+    return (
+        f"{job.label} #{job.number}: prompt {usage.prompt_tokens:,} ({usage.cached_tokens:,} "
+        f"cached), reply {usage.completion_tokens:,}, first token "
+        f"{job.queued_s + timings.first_token_s:.2f} s, {timings.decode_tps:.1f} tok/s, "
+        f"{result.finish_reason}"
+    )

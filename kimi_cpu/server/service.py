@@ -1,0 +1,57 @@
+"""What every endpoint works with."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import anyio
+import anyio.to_thread
+from starlette.requests import Request
+
+from kimi_cpu.server.metrics import Metrics
+from kimi_cpu.server.replay import Replies
+from kimi_cpu.server.settings import ServedModel, Settings
+from kimi_cpu.server.worker import Worker
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+#: Requests whose prompts are rendered and encoded at the same time.
+RENDERING_THREADS = 2
+
+
+class Service:
+    """One server: its settings, its worker, and what it remembers."""
+
+    def __init__(self, worker: Worker, settings: Settings, metrics: Metrics) -> None:
+        self.worker = worker
+        self.settings = settings
+        self.metrics = metrics
+        self._replies: Replies | None = None
+        self._limiter = anyio.CapacityLimiter(RENDERING_THREADS)
+
+    @property
+    def model(self) -> ServedModel:
+        """The model; ApiError (503) before it is loaded."""
+        return self.worker.model
+
+    @property
+    def replies(self) -> Replies:
+        """The replies that clients may send back."""
+        if self._replies is None:
+            self._replies = Replies(self.model.tokenizer)
+        return self._replies
+
+    async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call a function that takes a while, without stopping the event loop."""
+        call = functools.partial(function, *args, **kwargs)
+        return await anyio.to_thread.run_sync(call, limiter=self._limiter)
+
+
+def service_of(request: Request) -> Service:
+    """The service that a request is for."""
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service

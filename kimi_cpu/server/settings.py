@@ -1,0 +1,61 @@
+"""What the operator of a server decides, and what is served."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kimi_cpu.chat.template import ChatTemplate
+    from kimi_cpu.engine import Engine
+    from kimi_cpu.sampling import SamplingParams
+    from kimi_cpu.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Settings:
+    """host: as bound; Host headers are checked against it unless an API key guards the server.
+    api_key: without one anybody who reaches the server may use it.
+    cors_origins: web origins whose pages may use the server, or `*`.
+    max_body_bytes: of one request.
+    max_active: replies that are computed in turns; max_waiting: requests that wait for one of
+        those places, further ones are refused (429).
+    prefill_slice: tokens of a prompt computed between two decode steps. Slices end at multiples of
+        it, so that what a prompt gives does not depend on who else is being served.
+    session_bytes: latents kept for the next request of a conversation.
+    heartbeat_s: silence after which a stream gets a comment, so that nobody thinks it is dead.
+    shutdown_s: how long replies may go on when the server is told to stop.
+    """
+
+    host: str = "127.0.0.1"
+    api_key: str | None = None
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 16 << 20
+    max_active: int = 8
+    max_waiting: int = 64
+    prefill_slice: int = 512
+    session_bytes: int = 1 << 30
+    heartbeat_s: float = 5.0
+    shutdown_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A loaded model and what is known about it.
+
+    defaults: the sampling parameters that the checkpoint recommends.
+    compiled: called once when all that a reply needs has been compiled.
+    """
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    template: ChatTemplate
+    defaults: SamplingParams
+    compiled: Callable[[], None] = lambda: None
+
+    @property
+    def context(self) -> int:
+        """Most tokens of prompt and reply together."""
+        return self.engine.config.max_position_embeddings
