@@ -19,6 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kimi_cpu.errors import ContextError
+from kimi_cpu.store.experts.residency import ExpertStats
 from kimi_cpu.tokenizer import Tokenizer
 
 _TOOL_CONTROL = [
@@ -163,14 +164,32 @@ class FakeSession:
         return logits
 
 
-def load_model(folder: Path, threads: int | None, precision: str):
+class FakeExperts:
+    """A store that reads an expert whenever it is asked."""
+
+    def __init__(self, bounded: bool) -> None:
+        self.bounded = bounded
+        self.capacity, self.io = 7, "direct"
+        self.calls = 0
+
+    def stats(self) -> ExpertStats:
+        self.calls += 1
+        return ExpertStats(uses=8 * self.calls, hits=6 * self.calls, read_bytes=1000 * self.calls)
+
+
+def load_model(
+    folder: Path, threads: int | None, precision: str, *, memory=None, io="auto", trace=None
+):
     """Stands in for `kimi_cpu.cli.common.load_model`."""
     from kimi_cpu.chat.template import ChatTemplate
     from kimi_cpu.cli.common import Loaded
 
     tokenizer = Tokenizer.load(folder)
     config = SimpleNamespace(max_position_embeddings=CONTEXT, eos_token_ids=())
-    engine = SimpleNamespace(config=config, precision=precision, threads=threads or 2)
+    engine = SimpleNamespace(
+        config=config, precision=precision, threads=threads or 2,
+        experts=FakeExperts(memory is not None),
+    )  # fmt: skip
     session = FakeSession(tokenizer)
     return Loaded(folder, engine, session, tokenizer, ChatTemplate.load(folder))  # type: ignore[arg-type]
 

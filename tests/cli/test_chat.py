@@ -140,7 +140,10 @@ def test_context_full_takes_the_message_back(process, home):
 def test_stats_and_help(process):
     err = process("chat", "--temp", "0", input="a\nb\n/stats\n/help\n/exit\nnever\n").stderr
     assert re.search(r"replies +2, \d+ tokens", err) and re.search(r"[1-9]\d* of them reused", err)
-    assert "/sessions" in err and "/quit" not in err
+    assert "/sessions" in err and "/quit" not in err and "experts" not in err
+    err = process("chat", "--memory", "2G", input="a\n/stats\n").stderr
+    assert "75% of experts in memory" in err
+    assert re.search(r"experts +7 in memory, 75% of uses there, .* \(direct\)", err)
 
 
 # Files

@@ -44,6 +44,15 @@ def test_json(kimi):
     assert value["reasoning"] == "Let me think." and value["finish_reason"] == "stop"
     assert value["tool_calls"] == [] and value["usage"]["reasoning_tokens"] == 13
     assert set(value["timings"]) == {"prompt_s", "first_token_s", "total_s", "decode_tps"}
+    assert value["experts"]["hit_rate"] == 0.75 and value["experts"]["read_bytes"] == 1000
+
+
+def test_a_budget_of_memory(kimi):
+    code, out, err = kimi("run", "--temp", "0", "--memory", "2G", "hello")
+    assert code == 0 and out == "You said **hello**.\n"
+    assert err.rstrip().endswith("75% of experts in memory")
+    code, out, err = kimi("run", "--memory", "much", "hello")
+    assert code == 2 and out == "" and "'much' is no amount of memory" in err and "16G" in err
 
 
 def test_tool_calls_are_returned_not_run(kimi, tools_file):
@@ -143,7 +152,7 @@ def test_threads_are_checked(folder):
 
 
 def test_unexpected_errors_are_one_line(kimi, monkeypatch):
-    def broken(*_):
+    def broken(*_, **options):
         raise KeyError("what")
 
     monkeypatch.setattr(common, "load_model", broken)
@@ -156,7 +165,7 @@ def test_unexpected_errors_are_one_line(kimi, monkeypatch):
 
 
 def test_interrupt_is_130(kimi, monkeypatch):
-    def interrupted(*_):
+    def interrupted(*_, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(common, "load_model", interrupted)
