@@ -7,7 +7,7 @@ a session belongs to one thread at a time.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, TracebackType
@@ -113,6 +113,32 @@ class Engine:
     def session(self) -> Session:
         """A new, empty timeline."""
         return Session(self._model)
+
+    def step(self, sessions: Sequence[Session], tokens: Sequence[int]) -> F32:
+        """Append one token to each of several sessions, all in one pass over the weights.
+
+        Args:
+            sessions: B >= 1 different sessions of this engine.
+            tokens: the token of each.
+
+        Returns:
+            float32 [B, vocab_size], the logits after each token, bit for bit those of
+            `Session.step`. A copy is not made: do not write to them.
+
+        Raises:
+            UsageError: the sessions are not different ones of this engine, one for each token.
+            ContextError: an id lies outside the vocabulary, or a context is full. After any error
+                all sessions are as before; after a Ctrl-C some may have got their token.
+        """
+        if not len(sessions) == len(tokens) > 0:
+            raise UsageError(
+                f"{len(tokens)} tokens for {len(sessions)} sessions", "pass one for each"
+            )
+        if len(set(map(id, sessions))) < len(sessions):
+            raise UsageError("a session is given twice", "pass different sessions")
+        if any(session._model is not self._model for session in sessions):
+            raise UsageError("a session is of another engine", "make it with engine.session()")
+        return _append_one(self._model, sessions, _checked(self.config, tokens))
 
     def score(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
         """Logits at every position of `ids`, from a timeline of its own.
@@ -320,6 +346,18 @@ class Session:
             self._logits = None
             del self._tokens[length:]
             self._cache.truncate(length)
+
+
+def _append_one(model: Model, sessions: Sequence[Session], ids: Ids) -> F32:
+    """A token for each session; see `Session._append` for the order."""
+    for session in sessions:
+        session._cache.truncate(len(session._tokens))
+    logits = model.step(ids, [session._cache for session in sessions])
+    for session, token, row in zip(sessions, ids.tolist(), logits, strict=True):
+        session._logits = None
+        session._tokens.append(token)
+        session._logits = row
+    return logits
 
 
 def _kernels(backend: Backend) -> ModuleType:

@@ -80,26 +80,50 @@ def default_threads() -> int:
     return max(cores, 1)
 
 
-def ram_bytes() -> int:
-    """Memory that this process may use: the machine's, or its cgroup's limit if that is less."""
+def _memory_limits() -> list[tuple[Path, int]]:
+    """(folder, bytes) of the cgroups that limit this process's memory."""
     limits = []
-    if hasattr(os, "sysconf"):
-        with contextlib.suppress(ValueError, OSError):
-            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     for folder in _cgroup_folders("memory"):
         for name in ("memory.max", "memory.limit_in_bytes"):
             text = _read(folder / name)
             if text.isdigit() and int(text) < _NO_LIMIT:
-                limits.append(int(text))
+                limits.append((folder, int(text)))
+    return limits
+
+
+def ram_bytes() -> int:
+    """Memory that this process may use: the machine's, or its cgroup's limit if that is less."""
+    limits = [limit for _, limit in _memory_limits()]
+    if hasattr(os, "sysconf"):
+        with contextlib.suppress(ValueError, OSError):
+            limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     return min(limits, default=8 << 30)
 
 
 def available_ram_bytes() -> int:
     """Memory that could be used now without swapping, within the cgroup's limit."""
+    left = [ram_bytes()]
+    left += [max(limit - _used_bytes(folder), 0) for folder, limit in _memory_limits()]
     for line in _read(_PROC / "meminfo").splitlines():
         if line.startswith("MemAvailable:"):
-            return min(int(line.split()[1]) * 1024, ram_bytes())
-    return ram_bytes()
+            left.append(int(line.split()[1]) * 1024)
+    return min(left)
+
+
+def _used_bytes(folder: Path) -> int:
+    """What a cgroup's processes use, without files' pages that can be let go."""
+    for name in ("memory.current", "memory.usage_in_bytes"):
+        text = _read(folder / name)
+        if text.isdigit():
+            break
+    else:
+        return 0
+    fields = dict(line.split(" ", 1) for line in _read(folder / "memory.stat").splitlines())
+    pages = 0
+    for name in ("inactive_file", "active_file"):
+        count = fields.get(f"total_{name}", fields.get(name, "0"))  # v1 has both, v2 the latter
+        pages += int(count) if count.isdigit() else 0
+    return max(int(text) - pages, 0)
 
 
 def user_cache_folder() -> Path:
@@ -129,15 +153,20 @@ class Hardware:
     Attributes:
         cpu: name of the processor.
         threads: see `default_threads`.
-        logical_cpus: logical CPUs in the process's affinity.
+        logical_cpus, cores: logical CPUs in the process's affinity, and cores that they are.
+        cpu_quota: cores' worth of time that the cgroup grants; None without a limit.
         ram_bytes, available_ram_bytes: within the cgroup's limit.
+        ram_limit_bytes: that limit; None without one.
     """
 
     cpu: str
     threads: int
     logical_cpus: int
+    cores: int
+    cpu_quota: float | None
     ram_bytes: int
     available_ram_bytes: int
+    ram_limit_bytes: int | None
 
 
 def detect() -> Hardware:
@@ -146,6 +175,9 @@ def detect() -> Hardware:
         cpu=cpu_name(),
         threads=default_threads(),
         logical_cpus=len(_affinity()),
+        cores=_physical_cores(_affinity()),
+        cpu_quota=_cpu_quota(),
         ram_bytes=ram_bytes(),
         available_ram_bytes=available_ram_bytes(),
+        ram_limit_bytes=min((limit for _, limit in _memory_limits()), default=None),
     )

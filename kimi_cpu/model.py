@@ -23,7 +23,7 @@ Sources: DeepSeek-V2 (arXiv 2405.04434, section 2.1, MLA), DeepSeek-V3 (arXiv 24
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -103,12 +103,12 @@ class Layer:
 class Inputs:
     """What a pass starts from."""
 
-    x: F32  # embeddings, [T, D]
-    cos: F32  # [T, P / 2]
-    sin: F32  # [T, P / 2]
-    tables: I64  # [1], address of the timeline's table of blocks, see `kernels.common.Latents`
-    starts: I64  # [1], position of the first token
-    rows: int  # at least as many as the timeline has with these tokens
+    x: F32  # embeddings, [B T, D]
+    cos: F32  # [B T, P / 2]
+    sin: F32  # [B T, P / 2]
+    tables: I64  # [B], address of each timeline's table of blocks, see `kernels.common.Latents`
+    starts: I64  # [B], position of each timeline's first token
+    rows: int  # no timeline has more rows, these tokens included
 
     def take(self, other: Inputs) -> None:
         """Take over the other's values, in place."""
@@ -211,8 +211,34 @@ class Model:
             CheckpointError: a weight is damaged (not finite) or cannot be read any more. In all
                 cases the cache is unchanged.
         """
-        cache.reserve(len(ids))
-        inputs = self._inputs(ids, cache)
+        return self._pass_over(ids, [cache], all_logits, progress)
+
+    def step(self, ids: Ids, caches: Sequence[LatentCache]) -> F32:
+        """Compute the next token of each of B timelines, all in one pass: a weight is read once.
+
+        Args:
+            ids: int64 [B], each within the vocabulary.
+            caches: the latents of all earlier tokens of each timeline, B different ones.
+
+        Returns:
+            float32 [B, vocab_size], each row bit for bit what `forward` of its token would give.
+
+        Raises:
+            As `forward`; all caches are then unchanged.
+        """
+        return self._pass_over(ids, caches, all_logits=True)
+
+    def _pass_over(
+        self,
+        ids: Ids,
+        caches: Sequence[LatentCache],
+        all_logits: bool,
+        progress: LayerProgress | None = None,
+    ) -> F32:
+        tokens = len(ids) // len(caches)
+        for cache in caches:
+            cache.reserve(tokens)
+        inputs = self._inputs(ids, caches)
         beside = self.latent_bytes() + max(len(ids) * self.token_bytes - PASS_RESERVE, 0)
         with self.experts.passing(len(ids), beside):
             if len(ids) == 1 and self._replays:
@@ -224,7 +250,8 @@ class Model:
                 "the model computed logits that are not finite, though its trunk is",
                 "an expert may be damaged: download the weights again, or try precision exact",
             )
-        cache.advance(len(ids))
+        for cache in caches:
+            cache.advance(tokens)
         return logits
 
     def _compute(
@@ -278,7 +305,10 @@ class Model:
             return recorded.logits.copy()
 
     def _attention(self, layer: int, x: F32, inputs: Inputs) -> F32:
-        """MLA over the cached latents and these tokens; [T, D] -> [T, D]."""
+        """MLA over the cached latents and these tokens; [T, D] -> [T, D].
+
+        Several timelines have one token each.
+        """
         w, c, k = self.layers[layer].self_attn, self.config, self.kernels
         cos, sin, tokens = inputs.cos, inputs.sin, x.shape[0]
         heads, n_dim = c.num_attention_heads, c.qk_nope_head_dim
@@ -305,7 +335,7 @@ class Model:
             return q_nope, k.rope(q_pe, cos, sin)
 
         scale = c.softmax_scale
-        if self._expanding_pays(tokens):
+        if self._expanding_pays(tokens // len(inputs.starts)):
             start, head_rows = int(inputs.starts[0]), n_dim + c.v_head_dim
             end = start + tokens
             all_c_kv, all_k_pe = latents.gather(0, end)  # [S, R], [S, P]
@@ -392,19 +422,20 @@ class Model:
         y: F32 = self.kernels.rmsnorm(x, w, self.config.rms_norm_eps)
         return y
 
-    def _inputs(self, ids: Ids, cache: LatentCache) -> Inputs:
-        """Embeddings and rotary tables of the tokens `ids` that follow those in `cache`."""
-        start = cache.length
-        positions = np.arange(start, start + len(ids), dtype=np.float64)
-        angles = np.outer(positions, self._inv_freq)
+    def _inputs(self, ids: Ids, caches: Sequence[LatentCache]) -> Inputs:
+        """Embeddings and rotary tables of the tokens `ids`, as many for each cache."""
+        tokens = len(ids) // len(caches)
+        starts = np.array([cache.length for cache in caches], dtype=np.int64)
+        positions = (starts[:, None] + np.arange(tokens)).ravel()
+        angles = np.outer(positions.astype(np.float64), self._inv_freq)
         scale = self.config.rope_attention_scale
         return Inputs(
             x=np.array(as_f32(self.embed_tokens[ids])),
             cos=(np.cos(angles) * scale).astype(np.float32),
             sin=(np.sin(angles) * scale).astype(np.float32),
-            tables=np.array([cache.table_address], dtype=np.int64),
-            starts=np.array([start], dtype=np.int64),
-            rows=start + len(ids),
+            tables=np.array([cache.table_address for cache in caches], dtype=np.int64),
+            starts=starts,
+            rows=int(starts.max()) + tokens,
         )
 
     def _load_layer(self, checkpoint: Checkpoint, i: int) -> Layer:

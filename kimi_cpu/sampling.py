@@ -151,7 +151,7 @@ class Sampler:
         logits = self._adjusted(logits)
         if allowed is not None:
             bits = np.unpackbits(allowed.view(np.uint8), count=logits.size, bitorder="little")
-            logits = np.where(bits, logits, np.float32(-np.inf))
+            logits = np.where(bits.view(np.bool_), logits, np.float32(-np.inf))
         best = int(np.argmax(logits))  # the first NaN if there is one
         top = logits[best]
         if not math.isfinite(top):

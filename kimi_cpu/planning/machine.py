@@ -97,7 +97,7 @@ def measure_machine(
         weights = _weights(kind, kind_bytes)
         for tokens in (1, *GEMM_TOKENS):
             # Few matrices for many tokens: there it is arithmetic that takes the time.
-            used = weights if tokens == 1 else weights[: max(1, 64 // tokens)]
+            used = weights if tokens == 1 else weights[: max(2, 128 // tokens)]
             amount = (
                 float(sum(w.nbytes for w in used))
                 if tokens == 1
@@ -151,9 +151,13 @@ def _weight(kind: Kind, noise: U8) -> Weight:
 def _tape(weights: Sequence[Weight], tokens: int, threads: int) -> Callable[[], None]:
     """Products of `tokens` tokens with each weight, recorded as the engine records a token."""
     x = np.random.default_rng(1).standard_normal((tokens, _COLUMNS), dtype=np.float32)
+    quantised = fast.quantize_activations(x)  # once, as for all experts of a layer
     with fast.recording() as tape:
         for weight in weights:
-            fast.project(x, weight, "fast", threads)
+            if isinstance(weight, Int4Weight | PackedWeight):
+                fast.linear_q8(quantised, weight, threads)
+            else:
+                fast.linear(x, weight, threads)
     tape.play(threads)  # compiled and touched
 
     def run() -> None:

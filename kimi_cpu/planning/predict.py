@@ -10,6 +10,8 @@ memory while the last expert comes in. Of a layer, with m of K experts missing,
 averaged over m, which is taken to be binomial. Loading ahead is not counted on, nor that the shared
 expert is computed while others are read.
 
+Norms, softmax, rotations and handing work over come on top, `OTHER` of the time of the products.
+
 A prompt is one sweep: the longer of reading the experts that are not in memory once, and computing.
 """
 
@@ -25,6 +27,10 @@ from kimi_cpu.planning.shape import Shape
 
 #: What a token waits for.
 Bound = Literal["disk", "memory"]
+
+#: What is not multiplying weights, as a part of it: 7 % of a token, 10 % of a prompt in profiles of
+#: true-width layers (`kimi-cpu bench --profile`, bench/LOG.md).
+OTHER, PROMPT_OTHER = 0.07, 0.1
 
 #: Part of a prompt computed at once: the engine's `PREFILL_CHUNK`.
 SWEEP_TOKENS = 8192
@@ -121,14 +127,15 @@ def _disk(machine: Machine) -> float:
 
 def _token_s(shape: Shape, machine: Machine, hit_rate: float, context_tokens: int) -> float:
     """Seconds that a token takes as the engine works (see above)."""
-    trunk_s = sum(n / machine.gemv[kind] for kind, n in shape.trunk_kinds.items())
+    slower = 1 + OTHER
+    trunk_s = slower * sum(n / machine.gemv[kind] for kind, n in shape.trunk_kinds.items())
     # Latents are read once for many heads: it is arithmetic that takes the time.
     trunk_s += context_tokens * max(
         shape.context_ops / machine.gemm_rate("float", 8), shape.latent_bytes / machine.dram
     )
     if not shape.n_moe_layers:
         return trunk_s
-    expert_s = shape.expert_bytes / machine.gemv[shape.expert_kind]
+    expert_s = slower * shape.expert_bytes / machine.gemv[shape.expert_kind]
     if hit_rate >= 1:
         return trunk_s + shape.n_moe_layers * shape.top_k * expert_s
     read_s = shape.expert_bytes / _disk(machine)
@@ -160,4 +167,4 @@ def _prompt(shape: Shape, machine: Machine, share: float, tokens: int) -> tuple[
             compute_s += n * operations / machine.gemm_rate(kind, n)
         pairs = n * (begin + n / 2)
         compute_s += pairs * shape.attention_ops / machine.gemm_rate("float", n)
-    return disk_s, compute_s
+    return disk_s, (1 + PROMPT_OTHER) * compute_s

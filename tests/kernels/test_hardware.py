@@ -22,7 +22,7 @@ def system(tmp_path, monkeypatch):
 
 def test_this_machine():
     found = hardware.detect()
-    assert 1 <= found.threads <= found.logical_cpus
+    assert 1 <= found.threads <= found.cores <= found.logical_cpus
     assert 0 < found.available_ram_bytes <= found.ram_bytes
     assert found.cpu
 
@@ -42,7 +42,12 @@ def test_cgroup_v2(system):
     system("cgroup/a/b/memory.max", "max\n")
     system("cgroup/a/memory.max", "1000000\n")
     assert hardware._cpu_quota() == 1.5
-    assert hardware.ram_bytes() == 1_000_000
+    assert hardware.ram_bytes() == hardware.available_ram_bytes() == 1_000_000
+    system("cgroup/a/memory.current", "700000\n")
+    system("cgroup/a/memory.stat", "anon 100000\ninactive_file 400000\nactive_file 100000\n")
+    assert hardware.available_ram_bytes() == 800_000
+    found = hardware.detect()
+    assert (found.ram_limit_bytes, found.cpu_quota) == (1_000_000, 1.5)
 
 
 def test_cgroup_v1(system):
@@ -54,6 +59,9 @@ def test_cgroup_v1(system):
     system("cgroup/memory/x/memory.limit_in_bytes", "2000000")
     assert hardware._cpu_quota() == 0.5
     assert hardware.ram_bytes() == 2_000_000
+    system("cgroup/memory/x/memory.usage_in_bytes", "2500000")
+    system("cgroup/memory/x/memory.stat", "inactive_file 1\ntotal_inactive_file nonsense\n")
+    assert hardware.available_ram_bytes() == 0
 
 
 def test_half_a_core_is_one_thread(monkeypatch):
