@@ -9,9 +9,7 @@ Panel: per row vector and group of 32 columns (`GROUP_BYTES`): 8 vectors of byte
 even columns 8j + 0, 2, 4, 6, then 4 with the odd ones, the order of packed activations), and one
 vector of 16 float32 scales.
 
-A result is the sum, in the order of the groups, of (w scale * x scale) * the group's exact integer
-dot product. It depends neither on other tokens nor on the range of rows; the kernel for one token
-(`matmul.dot_tile`) adds in another order and may differ in the last bits.
+Results are added as `q8` adds them, so they are the same bit for bit.
 """
 
 from __future__ import annotations
@@ -24,6 +22,7 @@ from kimi_cpu.kernels.common import KIND_PACKED4, KIND_PACKED8
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS, PACK_SCALES, PACK_SUMS
 from kimi_cpu.kernels.isa import VARIANT, jit
 from kimi_cpu.kernels.packed import load_int8, start_sums
+from kimi_cpu.kernels.q8 import scales_table
 from kimi_cpu.kernels.simd import (
     FLOAT,
     I8,
@@ -102,7 +101,8 @@ def fill_int4(
         left = b.and_(n_groups, e.i64(3))
         with b.if_then(b.icmp_signed(">", left, e.i64(0))):
             block(whole, e.lanes_below(e.mul(left, 4)))
-        fill_scales(e, panel, [e.add(scale, e.mul(r, scale_bytes)) for r in rows], n_groups)
+        scales = [e.add(scale, e.mul(r, scale_bytes)) for r in rows]
+        scales_table(e, scales, n_groups, e.add(panel, 512), GROUP_BYTES)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 7), codegen
@@ -141,15 +141,6 @@ def fill_packed(typingctx: Any, bits: Any, panel: Any, block: Any, n_groups: Any
         return context.get_dummy_value()
 
     return types.void(bits, *[types.int64] * 3), codegen
-
-
-def fill_scales(e: Emit, panel: Any, at: list[Any], n_groups: Any) -> None:
-    """The scales of a row vector's panel from 16 rows of n_groups bf16 each."""
-    mask = e.lanes_below(n_groups)
-    bits = [e.b.zext(e.load_masked(vec(I16), a, mask), I32x16) for a in at]
-    for g, column in enumerate(e.transpose(bits)):
-        value = e.b.bitcast(e.b.shl(column, const(I32x16, 16)), F32x16)
-        e.store(value, panel, g * GROUP_BYTES + 512)
 
 
 @literal_intrinsic
@@ -213,8 +204,8 @@ def gemm_tile(
             for c, at in enumerate(xs):
                 x_scale = e.load_splat(FLOAT, e.add(at, e.mul(g, 4)), PACK_SCALES)
                 for v in range(TILE_VECTORS):
-                    exact = b.sitofp(total[v][c], F32x16)
-                    e.set(acc[v][c], e.fma(exact, b.fmul(scales[v], x_scale), e.get(acc[v][c])))
+                    scaled = b.fmul(b.sitofp(total[v][c], F32x16), scales[v])
+                    e.set(acc[v][c], e.fma(scaled, x_scale, e.get(acc[v][c])))
         for v in range(TILE_VECTORS):
             mask = e.lanes_below(b.sub(left, e.i64(LANES * v)))
             for c, at in enumerate(outs):

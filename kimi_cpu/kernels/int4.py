@@ -29,6 +29,7 @@ from kimi_cpu.kernels.simd import (
     I32x16,
     const,
     intrinsic,
+    quarters,
     vec,
 )
 
@@ -36,7 +37,6 @@ PACK_ELEMENTS = 512
 PACK_SUMS = 4 * 128
 PACK_SCALES = PACK_SUMS + 64
 PACK_BYTES = PACK_SCALES + 64
-PREFETCH_BYTES = 768
 
 
 def packed_bytes(d: int) -> int:
@@ -44,67 +44,94 @@ def packed_bytes(d: int) -> int:
     return -(-d // PACK_ELEMENTS) * PACK_BYTES
 
 
-def emit_dot_q8(e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any) -> list[list[Any]]:
-    """Accumulators [R][C] of int4 w[r] . packed int8 x[c], d a multiple of 32."""
-    acc = [[e.variable(const(F32x16, 0.0)) for _ in x] for _ in w]
-    nibble = const(vec(I8, 64), 15)
-    four = const(vec(I8, 64), 4)
+def _sum_fours(e: Emit, rows: list[Any]) -> Any:
+    """4 vectors of 4 x 4 int32 -> one, in quarter q lane r the sum of quarter q of vector r."""
+    low, high = quarters(0, 4, 1, 5), quarters(2, 6, 3, 7)
+    a, b = [e.b.add(e.shuffle(v, w, low), e.shuffle(v, w, high)) for v, w in (rows[:2], rows[2:])]
+    return e.b.add(e.shuffle(a, b, quarters(0, 1, 4, 5)), e.shuffle(a, b, quarters(2, 3, 6, 7)))
+
+
+def _scales_of_four(e: Emit, rows: list[Any]) -> list[Any]:
+    """4 rows' scales, <16 x i16> of bf16 -> 4 float vectors, in quarter q of b group 4 b + q."""
+
+    def eights(*low: int) -> list[int]:  # the same in each half of 8 lanes
+        return [8 * h + i if i < 8 else 8 + 8 * h + i for h in range(2) for i in low]
+
+    a, b, c, d = rows
+    low, high = eights(0, 8, 1, 9, 2, 10, 3, 11), eights(4, 12, 5, 13, 6, 14, 7, 15)
+    found = []
+    for lanes in (low, high):  # groups 0-3 and 8-11, then 4-7 and 12-15
+        ab, cd = e.shuffle(a, b, lanes), e.shuffle(c, d, lanes)
+        two = e.shuffle(ab, cd, eights(0, 1, 8, 9, 2, 3, 10, 11))
+        next_two = e.shuffle(ab, cd, eights(4, 5, 12, 13, 6, 7, 14, 15))
+        found.append([
+            e.bf16(e.shuffle(two, next_two, [*range(h, h + 8), *range(16 + h, 24 + h)]))
+            for h in (0, 8)
+        ])  # fmt: skip
+    return [found[0][0], found[1][0], found[0][1], found[1][1]]
+
+
+def emit_four_rows(
+    e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any, ahead: int
+) -> list[Any]:
+    """Four rows w of int4 times packed int8 x[c]: for each c <4 x float>, in the order of `q8`.
+
+    d is a multiple of 32; the weights `ahead` bytes further on are asked for.
+    """
+    four = vec(FLOAT, 4)
+    acc = [e.variable(const(four, 0.0)) for _ in x]
+    nibble, shift = const(vec(I8, 64), 15), const(vec(I8, 64), 4)
 
     def part(i: Any, groups_left: Any = None) -> None:
         """512 elements; with groups_left, only that many groups of every row exist."""
         x_at = [e.add(x_c, e.mul(i, PACK_BYTES)) for x_c in x]
         w_at = [e.add(w_r, e.mul(i, PACK_ELEMENTS // 2)) for w_r in w]
         s_at = [e.add(s_r, e.mul(i, PACK_ELEMENTS // 16)) for s_r in scale]
-        x_sums = [e.load(I32x16, at, PACK_SUMS) for at in x_at]
-        x_scale = [e.load(F32x16, at, PACK_SCALES) for at in x_at]
-        products = []  # weight scale times activation scale, a lane per group
-        for s_r in s_at:
-            if groups_left is None:
-                bits = e.load(vec(I16), s_r)
-            else:
-                bits = e.load_masked(vec(I16), s_r, e.lanes_below(groups_left))
-            w_scale = e.bf16(bits)
-            products.append([e.b.fmul(w_scale, s) for s in x_scale])
+        if groups_left is None:
+            bits = [e.load(vec(I16), at) for at in s_at]
+        else:
+            bits = [e.load_masked(vec(I16), at, e.lanes_below(groups_left)) for at in s_at]
+        w_scale = _scales_of_four(e, bits)
         for block in range(4):
             if groups_left is None:
-                blocks(block, x_at, x_sums, w_at, products)
+                groups(block, x_at, w_at, w_scale[block])
                 continue
             left = e.b.sub(groups_left, e.i64(4 * block))
             with e.b.if_then(e.b.icmp_signed(">", left, e.i64(0))):
-                blocks(block, x_at, x_sums, w_at, products, e.lanes_below(e.mul(left, 4)))
+                groups(block, x_at, w_at, w_scale[block], e.lanes_below(e.mul(left, 4)))
 
-    def blocks(
-        block: int, x_at: Any, x_sums: Any, w_at: Any, products: Any, mask: Any = None
-    ) -> None:
-        lanes = [4 * block + lane // 4 for lane in range(LANES)]
-        # the sum of a group goes to one of its four lanes
-        first = [4 * block + lane // 4 if lane % 4 == 0 else LANES for lane in range(LANES)]
+    def groups(block: int, x_at: Any, w_at: Any, w_scale: Any, mask: Any = None) -> None:
+        """4 groups, or those of the mask."""
         weights = []
         for at in w_at:
             if mask is None:
-                if len(x) == 1:
-                    e.prefetch(at, PREFETCH_BYTES + 64 * block)
+                e.prefetch(at, ahead + 64 * block)
                 raw = e.load(vec(I8, 64), at, 64 * block)
             else:
                 words = e.load_masked(I32x16, e.add(at, 64 * block), mask)
                 raw = e.b.bitcast(words, vec(I8, 64))
-            weights.append((e.b.and_(raw, nibble), e.b.lshr(raw, four)))
+            weights.append((e.b.and_(raw, nibble), e.b.lshr(raw, shift)))
         for c, at in enumerate(x_at):
             even = e.load(vec(I8, 64), at, 128 * block)
             odd = e.load(vec(I8, 64), at, 128 * block + 64)
-            start = e.shuffle(x_sums[c], const(I32x16, 0), first)
-            for r, (low, high) in enumerate(weights):
-                total = e.b.sitofp(e.dot_u4_s8(start, low, even, high, odd), F32x16)
-                scales = e.shuffle(products[r][c], products[r][c], lanes)
-                e.set(acc[r][c], e.fma(total, scales, e.get(acc[r][c])))
+            sums = e.load(vec(I32, 4), at, PACK_SUMS + 16 * block)
+            start = e.shuffle(sums, sums, [lane // 4 for lane in range(LANES)])
+            zero = const(I32x16, 0)
+            dots = [e.dot_u4_s8(zero, low, even, high, odd) for low, high in weights]
+            exact = e.b.sitofp(e.b.add(_sum_fours(e, dots), start), F32x16)
+            scaled = e.b.fmul(exact, w_scale)
+            for q in range(4):
+                x_scale = e.load(FLOAT, at, PACK_SCALES + 16 * block + 4 * q)
+                factor = e.shuffle(scaled, scaled, range(4 * q, 4 * q + 4))
+                e.set(acc[c], e.fma(factor, e.splat(x_scale, 4), e.get(acc[c])))
 
-    n_parts = e.b.sdiv(d, e.i64(PACK_ELEMENTS))
+    n_parts = e.b.lshr(d, e.i64(9))
     with e.loop(0, n_parts) as i:
         part(i)
-    groups_left = e.b.sdiv(e.b.srem(d, e.i64(PACK_ELEMENTS)), e.i64(32))
+    groups_left = e.b.and_(e.b.lshr(d, e.i64(5)), e.i64(15))
     with e.b.if_then(e.b.icmp_signed(">", groups_left, e.i64(0))):
         part(n_parts, groups_left)
-    return acc
+    return [e.get(slot) for slot in acc]
 
 
 def emit_dot_f32(e: Emit, x: list[Any], w: list[Any], scale: list[Any], d: Any) -> list[list[Any]]:

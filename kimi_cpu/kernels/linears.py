@@ -122,10 +122,7 @@ def quantize_activations(x: F32) -> PackedQ8:
 
 
 def linear_q8(xq: PackedQ8, w: Int4Weight | PackedWeight, threads: int = 1) -> F32:
-    """As `reference.linear_q8`: xq [T, D] of `quantize_activations`, w [O, D] -> [T, O].
-
-    From GEMM_TOKENS tokens on another kernel adds in another order (`kernels.gemm`).
-    """
+    """As `reference.linear_q8`: xq [T, D] of `quantize_activations`, w [O, D] -> [T, O]."""
     rows, d = w.shape
     n = xq.shape[0]
     if xq.shape[1] != d:

@@ -2,14 +2,12 @@
 
 One vector (GEMV) is memory-bound: a tile reads several far-apart streams of rows, which the
 memory controller likes better than one. Many vectors (GEMM) reuse each row for a few vectors.
-Both add up a result in the same order, so a token does not see its neighbours; only quantised
-weights times int8 activations have a kernel of their own for GEMM_TOKENS or more (`gemm`), which
-adds in another order: there the last bits of a result may depend on whether there are as many.
+Every kernel of a kind adds up a result in the same order, so a token does not see its neighbours:
+tokens computed together give bit for bit what each gives alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from numba.core import types
@@ -24,26 +22,19 @@ from kimi_cpu.kernels.common import (
 )
 from kimi_cpu.kernels.dense import emit_dot
 from kimi_cpu.kernels.gemm import gemm_rows
-from kimi_cpu.kernels.int4 import emit_dot_f32, emit_dot_q8
-from kimi_cpu.kernels.isa import REGISTERS, jit
-from kimi_cpu.kernels.packed import gemv_rows, rows_f32
-from kimi_cpu.kernels.simd import Emit, literal_intrinsic, load_i64
-
-KIND_INT4_Q8 = KIND_INT4 + WITH_Q8
-_EMIT_GROUPS: dict[int, Callable[..., Any]] = {
-    KIND_INT4: emit_dot_f32,
-    KIND_INT4_Q8: emit_dot_q8,
-}
+from kimi_cpu.kernels.int4 import emit_dot_f32
+from kimi_cpu.kernels.isa import REGISTERS, VARIANT, jit
+from kimi_cpu.kernels.packed import rows_f32
+from kimi_cpu.kernels.q8 import few_rows
+from kimi_cpu.kernels.simd import Emit, literal_intrinsic
 
 # Tiles that fit the registers.
 STREAMS = 8 if REGISTERS == 32 else 4
-#: Rows of INT4 read side by side: more crowd the L1 cache, in which rows of 2^k bytes collide.
-INT4_STREAMS = 3
 TILE_ROWS = TILE_TOKENS = 4 if REGISTERS == 32 else 2
 #: Rows whose weights stay in the L2 cache while all tokens pass by.
 ROW_BLOCK = 32
-#: From so many tokens on, repacking a panel of quantised weights pays.
-GEMM_TOKENS = 4
+#: From so many tokens on, unpacking a panel of quantised weights pays.
+GEMM_TOKENS = 17 if VARIANT == "avx512vnni" else 5
 
 
 @literal_intrinsic
@@ -78,7 +69,7 @@ def dot_tile(
                 acc = emit_dot(e, kind_here, xs, [e.add(w, e.mul(r, row_bytes)) for r in which], d)
             else:
                 row_bytes, scale_bytes = b.sdiv(d, e.i64(2)), b.sdiv(d, e.i64(16))
-                acc = _EMIT_GROUPS[kind_here](
+                acc = emit_dot_f32(
                     e,
                     xs,
                     [e.add(w, e.mul(r, row_bytes)) for r in which],
@@ -111,34 +102,19 @@ def dot_rows(  # type: ignore[no-untyped-def]
     """
     n, is_q8 = p_stop - p_start, kind >= WITH_Q8
     stored = kind - WITH_Q8 if is_q8 else kind
-    bits = 8 if stored == KIND_PACKED8 else 4
-    is_packed = stored in (KIND_PACKED4, KIND_PACKED8)
     if is_q8 and n >= GEMM_TOKENS:
         gemm_rows(
             stored, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop,
         )  # fmt: skip
         return
-    if is_packed:
-        if is_q8:
-            for p in range(p_start, p_stop):
-                gemv_rows(
-                    bits, x + load_i64(index + p * 8) * x_stride, w, d, out + p * out_stride,
-                    start, stop,
-                )  # fmt: skip
-        else:
-            rows_f32(bits, x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop)
-        return
     if is_q8:
-        size = stop - start if n == 1 else ROW_BLOCK
-        for block in range(start, stop, size):
-            block_stop = min(block + size, stop)
-            step = (block_stop - block + INT4_STREAMS - 1) // INT4_STREAMS
-            for p in range(p_start, p_stop):
-                for i in range(step):
-                    dot_tile(
-                        INT4_STREAMS, 1, KIND_INT4_Q8, x, x_stride, index, p, p, out, out_stride,
-                        w, scale, block + i, step, block_stop - 1, d,
-                    )  # fmt: skip
+        few_rows(
+            stored, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop,
+        )  # fmt: skip
+        return
+    if stored in (KIND_PACKED4, KIND_PACKED8):
+        bits = 8 if stored == KIND_PACKED8 else 4
+        rows_f32(bits, x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop)
         return
     if n == 1:
         step = (stop - start + STREAMS - 1) // STREAMS

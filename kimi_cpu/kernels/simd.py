@@ -59,6 +59,14 @@ def const(ty: ir.Type, value: float | int) -> ir.Constant:
     return ir.Constant(ty, value)
 
 
+def quarters(*lanes: int) -> list[int]:
+    """The lanes of a shuffle of two vectors that does the same in each quarter of 4 lanes.
+
+    0 .. 3 are the first vector's lanes of the quarter, 4 .. 7 the second's.
+    """
+    return [4 * q + i if i < 4 else 12 + 4 * q + i for q in range(4) for i in lanes]
+
+
 @dataclass(frozen=True)
 class Lanes:
     """The first n of 16 lanes, and the same as a mask, <16 x i1>; n may be beyond 0 and 16."""
@@ -224,50 +232,47 @@ class Emit:
 
     # Float vectors
 
-    def splat(self, scalar: Any) -> Any:
-        ty = vec(scalar.type)
+    def splat(self, scalar: Any, lanes: int = LANES) -> Any:
+        ty = vec(scalar.type, lanes)
         one = self.b.insert_element(ir.Constant(ty, ir.Undefined), scalar, const(I32, 0))
-        return self.shuffle(one, one, [0] * LANES)
+        return self.shuffle(one, one, [0] * lanes)
 
     def shuffle(self, a: Any, b: Any, lanes: Sequence[int]) -> Any:
         mask = ir.Constant(vec(I32, len(lanes)), [ir.Constant(I32, i) for i in lanes])
         return self.b.shuffle_vector(a, b, mask)
 
+    def transpose_fours(self, rows: Sequence[Any]) -> list[Any]:
+        """4 vectors of 16 lanes: the 4 x 4 matrix of each quarter of the lanes transposed."""
+
+        low, high = quarters(0, 4, 1, 5), quarters(2, 6, 3, 7)
+        ab, cd = [[self.shuffle(a, b, lanes) for lanes in (low, high)]
+                  for a, b in (rows[:2], rows[2:])]  # fmt: skip
+        low, high = quarters(0, 1, 4, 5), quarters(2, 3, 6, 7)
+        return [self.shuffle(ab[half], cd[half], lanes) for half in (0, 1) for lanes in (low, high)]
+
     def transpose(self, rows: Sequence[Any]) -> list[Any]:
         """16 vectors of 16 lanes, as a matrix, transposed: 64 two-input shuffles."""
+        # quads[q][k]: quarter c of the lanes holds column 4 c + k of rows 4 q .. + 3
+        quads = [self.transpose_fours(rows[4 * q : 4 * q + 4]) for q in range(4)]
 
-        def each(low: Sequence[int]) -> list[int]:  # the same in each quarter of 4 lanes
-            return [4 * q + i if i < 4 else 12 + 4 * q + i for q in range(4) for i in low]
-
-        quads = []  # quads[q][k]: quarter c of the lanes holds column 4 c + k of rows 4 q .. + 3
-        for q in range(4):
-            a, b, c, d = rows[4 * q : 4 * q + 4]
-            low, high = each([0, 4, 1, 5]), each([2, 6, 3, 7])
-            ab, cd = [[self.shuffle(pair[0], pair[1], lanes) for lanes in (low, high)]
-                      for pair in ((a, b), (c, d))]  # fmt: skip
-            low, high = each([0, 1, 4, 5]), each([2, 3, 6, 7])
-            quads.append([
-                self.shuffle(ab[half], cd[half], lanes) for half in (0, 1) for lanes in (low, high)
-            ])  # fmt: skip
-
-        def quarters(*which: int) -> list[int]:
+        def whole(*which: int) -> list[int]:
             return [4 * w + i for w in which for i in range(4)]
 
         out: list[Any] = [None] * LANES
         for k in range(4):
             even, odd = [
-                [self.shuffle(quads[2 * h][k], quads[2 * h + 1][k], quarters(*w)) for h in (0, 1)]
+                [self.shuffle(quads[2 * h][k], quads[2 * h + 1][k], whole(*w)) for h in (0, 1)]
                 for w in ((0, 2, 4, 6), (1, 3, 5, 7))
             ]
             for pair, first in ((even, 0), (odd, 1)):
-                out[4 * first + k] = self.shuffle(pair[0], pair[1], quarters(0, 2, 4, 6))
-                out[4 * (first + 2) + k] = self.shuffle(pair[0], pair[1], quarters(1, 3, 5, 7))
+                out[4 * first + k] = self.shuffle(pair[0], pair[1], whole(0, 2, 4, 6))
+                out[4 * (first + 2) + k] = self.shuffle(pair[0], pair[1], whole(1, 3, 5, 7))
         return out
 
     def fma(self, a: Any, b: Any, c: Any) -> Any:
         """a * b + c: one instruction, or two where there is no fused one."""
-        name = "llvm.fmuladd.v16f32" if VARIANT == "portable" else "llvm.fma.v16f32"
-        return self.call(name, F32x16, [a, b, c])
+        name = "llvm.fmuladd" if VARIANT == "portable" else "llvm.fma"
+        return self.call(f"{name}.{_suffix(a.type)}", a.type, [a, b, c])
 
     def select(self, mask: Any, a: Any, b: Any) -> Any:
         return self.b.select(mask, a, b)

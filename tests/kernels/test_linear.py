@@ -100,9 +100,9 @@ def test_int8_integers_are_exact_at_the_extremes():
     q[0], q[1] = 127, -128
     w = pack(Int8Weight(q, f32_to_bf16(np.ones((rows, d // 32), np.float32))))
     for x in (np.ones(d), -np.ones(d), np.resize([1.0, -1.0], d), np.resize([1.0, 1.0, -1.0], d)):
-        x = np.tile((127 * x[None, :]).astype(np.float32), (5, 1))
+        x = np.tile((127 * x[None, :]).astype(np.float32), (GEMM_TOKENS, 1))
         want = q.astype(np.int64) @ x[0].astype(np.int64)
-        for n in (1, 5):
+        for n in (1, 5, GEMM_TOKENS):
             got = fast.linear_q8(fast.quantize_activations(x[:n]), w)
             np.testing.assert_allclose(got[-1], want, rtol=1e-6)
         np.testing.assert_array_equal(fast.linear(x, w)[-1], want)
@@ -130,36 +130,46 @@ def test_zero_groups_give_zero(inputs, close):
     close(fast.linear(x, packed), reference.linear(x, packed))
 
 
+#: Numbers of tokens on both sides of every tile's and kernel's border.
+COUNTS = (*range(2, 18), GEMM_TOKENS - 1, GEMM_TOKENS, GEMM_TOKENS + 1, 2 * GEMM_TOKENS + 3)
+
+
+@pytest.mark.parametrize(("d", "rows"), [(32, 1), (96, 16), (160, 70), (544, 33), (1120, 37)])
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int4", "packed4", "packed8"])
-def test_a_token_does_not_see_its_neighbours(inputs, kind):
-    x, w = inputs.f32(11, 608), inputs.weight(kind, 37, 608)
-    together = fast.linear(x, w)
-    for t in range(len(x)):
-        np.testing.assert_array_equal(together[t], fast.linear(x[t : t + 1], w)[0])
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+def test_a_token_does_not_see_its_neighbours(inputs, precision, kind, d, rows):
+    """Tokens computed together give bit for bit what each gives alone."""
+    x, w = inputs.f32(max(COUNTS), d), inputs.weight(kind, rows, d)
+    alone = np.concatenate([fast.project(x[t : t + 1], w, precision) for t in range(len(x))])
+    for n in COUNTS:
+        np.testing.assert_array_equal(fast.project(x[:n], w, precision), alone[:n])
+    np.testing.assert_array_equal(fast.project(x[5:11], w, precision), alone[5:11])
 
 
-@pytest.mark.parametrize("kind", ["int4", "packed4", "packed8"])
-@pytest.mark.parametrize("few", [True, False])
-def test_q8_a_token_does_not_see_its_neighbours(inputs, close, kind, few):
-    """Bit for bit within the kernel for few tokens and within that for many (see `gemm`)."""
-    n = GEMM_TOKENS
-    x, w = inputs.f32(2 * n + 1, 608), inputs.weight(kind, 37, 608)
-    all_q = reference.linear_q8(reference.quantize_activations(x), w)
-    size = n - 1 if few else n
-    whole = fast.linear_q8(fast.quantize_activations(x[: n - 1] if few else x), w)
-    for t in range(len(whole) - size + 1):
-        part = fast.linear_q8(fast.quantize_activations(x[t : t + size]), w)
-        np.testing.assert_array_equal(whole[t : t + size], part)
-    one = fast.linear_q8(fast.quantize_activations(x[:1]), w)
-    if few:
-        np.testing.assert_array_equal(whole[:1], one)
-    close(whole, all_q[: len(whole)])
-    close(one, all_q[:1])
+@settings(max_examples=25, deadline=None)
+@given(st.integers(2, 40), st.integers(1, 40), st.integers(1, 70), st.integers(0, 99),
+       st.sampled_from(["int4", "packed4", "packed8"]))  # fmt: skip
+def test_q8_of_any_shape_does_not_see_neighbours(n, groups, rows, seed, kind):
+    inputs = Inputs(seed)
+    x = inputs.f32(n, groups * GROUP_SIZE)
+    w = inputs.weight(kind, rows, groups * GROUP_SIZE)
+    together = fast.project(x, w, "fast")
+    for t in {0, n // 2, n - 1}:
+        np.testing.assert_array_equal(together[t], fast.project(x[t : t + 1], w, "fast")[0])
+
+
+@pytest.mark.parametrize("n", [1, 3, 8, GEMM_TOKENS])
+def test_both_layouts_give_the_same(inputs, n):
+    """Packing changes no bit of a result in fast precision."""
+    x, w = inputs.f32(n, 544), inputs.weight("int4", 83, 544)
+    together = fast.project(x, w, "fast")
+    np.testing.assert_array_equal(together, fast.project(x, pack(w), "fast"))
 
 
 @pytest.mark.parametrize("rows", [1, 31, 33, 100])
-def test_q8_gemm_does_not_depend_on_the_range_of_rows(inputs, rows):
-    x, w = inputs.f32(7, 608), inputs.weight("int4", rows, 608)
+@pytest.mark.parametrize("n", [1, 7, GEMM_TOKENS])
+def test_q8_does_not_depend_on_the_range_of_rows(inputs, rows, n):
+    x, w = inputs.f32(n, 608), inputs.weight("int4", rows, 608)
     xq = fast.quantize_activations(x)
     whole = fast.linear_q8(xq, w)
     for start, stop in ((0, rows // 2), (rows // 2, rows), (rows - 1, rows)):
