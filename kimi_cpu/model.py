@@ -267,14 +267,13 @@ class Model:
         """
         k, x = self.kernels, inputs.x  # [T, D]
         for i, layer in enumerate(self.layers):
+            mlp = layer.mlp
+            if isinstance(mlp, MoEWeights):
+                self._look_ahead(mlp, layer.post_attention_layernorm, x)
             h = self._rmsnorm(x, layer.input_layernorm)
             x = k.add(x, self._attention(i, h, inputs))
             h = self._rmsnorm(x, layer.post_attention_layernorm)
-            mlp = layer.mlp
-            if isinstance(mlp, MoEWeights):
-                x = k.add(x, self._moe(mlp, h, x, self.layers[i + 1 : i + 2]))
-            else:
-                x = k.add(x, self._mlp(mlp, h))
+            x = k.add(x, self._moe(mlp, h) if isinstance(mlp, MoEWeights) else self._mlp(mlp, h))
             if progress is not None:
                 progress(i + 1, len(self.layers))
         if not all_logits:
@@ -367,24 +366,25 @@ class Model:
         absorbed = tokens * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
         return absorbed > tokens * (per_head + c.qk_rope_head_dim) + c.kv_lora_rank * per_head
 
-    def _moe(self, w: MoEWeights, x: F32, residual: F32, following: list[Layer]) -> F32:
-        """Routed experts plus the shared one; [T, D] -> [T, D].
+    def _look_ahead(self, w: MoEWeights, norm: Norm, x: F32) -> None:
+        """Have experts read that will probably be chosen, while the attention is computed.
 
-        While the disk has nothing better to do, experts of the following layer are read that it
-        will probably choose: one token's by asking its router now, about the residual [T, D]; of
-        those of many tokens the first, as nearly all will be needed.
+        One token's are guessed: its router is asked about the residual before the attention, x
+        [T, D]. Many tokens choose nearly all experts, so their reading may begin.
         """
+        if len(x) * self.config.num_experts_per_tok > NEARLY_ALL * len(w.experts):
+            w.experts.source.request(range(len(w.experts)))
+        elif len(x) == 1 and self._looks_ahead:
+            self.kernels.anticipate(w.experts, self._route(w, self._rmsnorm(x, norm))[0])
+
+    def _moe(self, w: MoEWeights, x: F32) -> F32:
+        """Routed experts plus the shared one; [T, D] -> [T, D]."""
         k = self.kernels
         ids, weights = self._route(w, x)  # [T, K], [T, K]
         k.request(w.experts, ids)
-        soon = following[0].mlp if following else None
-        if len(x) == 1 and self._looks_ahead and isinstance(soon, MoEWeights):
-            h = self._rmsnorm(residual, following[0].post_attention_layernorm)
-            k.anticipate(soon.experts, self._route(soon, h)[0])
+        # While missing experts are read, those are computed that are there.
         shared = None if w.shared_experts is None else self._mlp(w.shared_experts, x)
         routed: F32 = k.moe(x, w.experts, ids, weights, self.precision, self.threads)
-        if ids.size > NEARLY_ALL * len(w.experts) and isinstance(soon, MoEWeights):
-            soon.experts.source.request(range(len(soon.experts)))
         return routed if shared is None else k.add(routed, shared)
 
     def _route(self, w: MoEWeights, x: F32) -> tuple[I32, F32]:
@@ -403,7 +403,7 @@ class Model:
 
     @property
     def _looks_ahead(self) -> bool:
-        """Whether the experts of the next layer are guessed while those of this one are read."""
+        """Whether a token's experts are guessed before its attention is computed."""
         return bool(self.experts.looks_ahead[0])
 
     def _mlp(self, w: MLPWeights, x: F32) -> F32:

@@ -20,7 +20,7 @@ from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import astuple, dataclass
 from operator import add, sub
-from typing import Protocol
+from typing import Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -208,7 +208,7 @@ class ExpertStore:
         self._latent_bytes = 0
         self._capacity = budget.slots(0)
         self.bounded = self._capacity < total
-        self._lookahead = lookahead and self.bounded and len(layers) > 1
+        self._lookahead = lookahead and self.bounded
         self.looks_ahead: I64 = np.array([int(self._lookahead)], dtype=np.int64)
 
         # A number's slot or -1. Everything else about residency follows from it and the loads.
@@ -294,6 +294,12 @@ class ExpertStore:
             if self._lookahead and not self.looks_ahead[0] and self._tokens >= self._retry_at:
                 self._useful.clear()
                 self.looks_ahead[0] = 1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def close(self) -> None:
         """End the threads and close the files. Weights handed out stay valid."""
