@@ -10,6 +10,7 @@ from kimi_cpu.kernels.attention import (
     prefill_range,
 )
 from kimi_cpu.kernels.attention_absorb import absorb_q_range
+from kimi_cpu.kernels.bf16 import round_rows
 from kimi_cpu.kernels.int4 import pack_rows
 from kimi_cpu.kernels.matmul import matmul_range
 from kimi_cpu.kernels.moe import (
@@ -48,12 +49,12 @@ def combine(args, start, stop):  # type: ignore[no-untyped-def]
 
 @op_of(count_choice)
 def count(args, start, stop):  # type: ignore[no-untyped-def]
-    count_choice(*load_args(args, 9))
+    count_choice(*load_args(args, 12))
 
 
 @op_of(sort_pairs)
 def sort(args, start, stop):  # type: ignore[no-untyped-def]
-    sort_pairs(*load_args(args, 8))
+    sort_pairs(*load_args(args, 12))
 
 
 # Positions and tables are read when an operation is played, so that a tape serves every token.
@@ -95,6 +96,11 @@ def absorb_q(args, start, stop):  # type: ignore[no-untyped-def]
 def pack(args, start, stop):  # type: ignore[no-untyped-def]
     x, d, out = load_args(args, 3)
     pack_rows(x, d, out, start, stop, 0, d)
+
+
+@op_of(round_rows)
+def round_bf16(args, start, stop):  # type: ignore[no-untyped-def]
+    round_rows(*load_args(args, 3), start, stop)
 
 
 @op_of(rmsnorm_rows)
