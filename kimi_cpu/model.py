@@ -33,7 +33,7 @@ import numpy.typing as npt
 
 from kimi_cpu.config import LATENT_NORM_EPS
 from kimi_cpu.errors import CheckpointError
-from kimi_cpu.kernels.common import I32, I64, ExpertTable, Precision
+from kimi_cpu.kernels.common import FEW_TOKENS, I32, I64, ExpertTable, Precision
 from kimi_cpu.kv_cache import BlockPool, LatentCache
 from kimi_cpu.quant import F32, U16, Weight, as_f32, rows_of
 from kimi_cpu.store.checkpoint import Checkpoint
@@ -49,7 +49,7 @@ MLP_TOKENS = 1024
 NEARLY_ALL = 4
 #: Activations of a pass that the expert store's reserve covers; more take the place of experts.
 PASS_RESERVE = 128 << 20
-#: Rows of a timeline for which the pass of one token is recorded first.
+#: Rows of a timeline for which a pass is recorded first.
 _FIRST_ROWS = 4096
 
 Ids = npt.NDArray[np.int64]
@@ -118,11 +118,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class RecordedPass:
-    """The pass of one token over any cache: fill `inputs`, play `tape`, read `logits`."""
+    """A token of each of B timelines: fill `inputs`, play `tape`, read `logits`."""
 
     inputs: Inputs
     tape: Tape
-    logits: F32  # [1, vocab]
+    logits: F32  # [B, vocab]
     looks_ahead: bool
 
 
@@ -149,8 +149,8 @@ class Model:
         self.threads = threads
         self._find_non_finite = checkpoint.find_non_finite
         self._replays = kernels.recording is not None
-        self._pass: RecordedPass | None = None
-        self._pass_lock = threading.Lock()  # it has one set of inputs for all threads
+        self._passes: dict[int, RecordedPass] = {}  # by the number of timelines
+        self._replay_lock = threading.Lock()  # a pass has one set of inputs for all threads
         self._pool = BlockPool(checkpoint.config)
         self._inv_freq = self.config.inv_freq()  # float64 [P / 2]
         self.embed_tokens = checkpoint.tensor("model.embed_tokens.weight")  # [vocab, D]
@@ -241,7 +241,7 @@ class Model:
         inputs = self._inputs(ids, caches)
         beside = self.latent_bytes() + max(len(ids) * self.token_bytes - PASS_RESERVE, 0)
         with self.experts.passing(len(ids), beside):
-            if len(ids) == 1 and self._replays:
+            if tokens == 1 and self._can_replay(len(ids)):
                 logits = self._replay(inputs)
             else:
                 logits = self._compute(inputs, all_logits, progress)
@@ -262,7 +262,7 @@ class Model:
     ) -> F32:
         """The network from embeddings to logits.
 
-        Only kernels touch numbers here, so that the pass of one token can be recorded once and
+        Only kernels touch numbers here, so that a pass of few tokens can be recorded once and
         played again with other inputs (see `_replay`).
         """
         k, x = self.kernels, inputs.x  # [T, D]
@@ -280,13 +280,22 @@ class Model:
             x = x[-1:]
         return self._linear(self._rmsnorm(x, self.norm), self.lm_head)
 
+    def _can_replay(self, timelines: int) -> bool:
+        # What several tokens choose is written down by Python only.
+        return (
+            self._replays
+            and timelines <= FEW_TOKENS
+            and not (timelines > 1 and self.experts.records)
+        )
+
     def _replay(self, inputs: Inputs) -> F32:
-        """`_compute` of one token by a tape of kernel calls, recorded once.
+        """`_compute` of a token of each timeline by a tape of kernel calls, recorded once.
 
         Python then costs a few microseconds a token instead of a few a kernel.
         """
-        with self._pass_lock:
-            recorded, looks_ahead = self._pass, self._looks_ahead
+        timelines, looks_ahead = len(inputs.starts), self._looks_ahead
+        with self._replay_lock:
+            recorded = self._passes.get(timelines)
             if (
                 recorded is None
                 or recorded.inputs.rows < inputs.rows
@@ -296,8 +305,9 @@ class Model:
                 rows = max(1 << (inputs.rows - 1).bit_length(), _FIRST_ROWS)
                 inputs = replace(inputs, rows=rows)
                 with self.kernels.recording() as tape:
-                    logits = self._compute(inputs, all_logits=False)
-                recorded = self._pass = RecordedPass(inputs, tape, logits, looks_ahead)
+                    logits = self._compute(inputs, all_logits=True)
+                recorded = RecordedPass(inputs, tape, logits, looks_ahead)
+                self._passes[timelines] = recorded
             else:
                 recorded.inputs.take(inputs)
             recorded.tape.play(self.threads)
@@ -372,7 +382,8 @@ class Model:
         One token's are guessed: its router is asked about the residual before the attention, x
         [T, D]. Many tokens choose nearly all experts, so their reading may begin.
         """
-        if len(x) * self.config.num_experts_per_tok > NEARLY_ALL * len(w.experts):
+        chosen = len(x) * self.config.num_experts_per_tok
+        if len(x) > FEW_TOKENS and chosen > NEARLY_ALL * len(w.experts):
             w.experts.source.request(range(len(w.experts)))
         elif len(x) == 1 and self._looks_ahead:
             self.kernels.anticipate(w.experts, self._route(w, self._rmsnorm(x, norm))[0])

@@ -150,8 +150,7 @@ class Sampler:
         """
         logits = self._adjusted(logits)
         if allowed is not None:
-            bits = np.unpackbits(allowed.view(np.uint8), count=logits.size, bitorder="little")
-            logits = np.where(bits.view(np.bool_), logits, np.float32(-np.inf))
+            logits = logits + _penalties(allowed, logits.size)
         best = int(np.argmax(logits))  # the first NaN if there is one
         top = logits[best]
         if not math.isfinite(top):
@@ -228,6 +227,24 @@ def logprobs(
     ids = ids[np.argsort(-logits[ids], kind="stable")[:top]]
     likeliest = tuple((int(i), float(logits[i]) - log_sum) for i in ids)
     return float(logits[token]) - log_sum, likeliest
+
+
+def _penalties(allowed: AllowedBits, n: int) -> NDArray[np.float32]:
+    """0 for each of n ids that is allowed, -inf for the others.
+
+    Eight ids at a time from a table: 0.05 ms for 163,840 ids whatever the bits; choosing with
+    `np.where` takes up to 0.6 ms, when the bits are mixed.
+    """
+    found = np.take(_PENALTIES, allowed.view(np.uint8), axis=0).reshape(-1)[:n]
+    if found.size < n:
+        found = np.concatenate([found, np.full(n - found.size, -np.inf, np.float32)])
+    return found
+
+
+_BYTES = np.arange(256, dtype=np.uint8)[:, None]
+_PENALTIES = np.where(np.unpackbits(_BYTES, axis=1, bitorder="little"), 0, -np.inf).astype(
+    np.float32
+)
 
 
 def _inverse_cdf(p: NDArray[np.float32], uniform: float) -> int:

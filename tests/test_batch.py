@@ -33,7 +33,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     return target
 
 
-@pytest.fixture(scope="module", params=["exact"])
+@pytest.fixture(scope="module", params=["exact", "fast"])
 def engine(folder: Path, request: pytest.FixtureRequest) -> Iterator[Engine]:
     with Engine.load(folder, precision=request.param, threads=2) as engine:
         yield engine

@@ -28,6 +28,8 @@ Expert = tuple[Weight, Weight, Weight]
 #: int64 [], a number that recorded operations find in the same place when they are played again.
 Position = npt.NDArray[np.int64]
 
+#: Passes of up to so many tokens can be recorded, whatever experts they choose.
+FEW_TOKENS = 16
 #: Rows of latents that lie together: a block holds those of as many tokens, in all layers.
 BLOCK_TOKENS = 256
 

@@ -104,53 +104,76 @@ def combine_range(  # type: ignore[no-untyped-def]
 
 
 @jit
-def count_choice(  # type: ignore[no-untyped-def]
-    ids, top_k, kinds, scores, frequencies, state, counters, chosen, missing
-):
-    """`ExpertSource.count` of one token: ids int32 [top_k]; missing: int64 [], not there of them.
+def _tally(ids, n_pairs, times, n_experts):  # type: ignore[no-untyped-def]
+    """times [n_experts], int64: how often each expert is among the ids, int32 [n_pairs]."""
+    for e in range(n_experts):
+        store_i64(times + e * 8, 0)
+    for i in range(n_pairs):
+        at = times + load_i32(ids + i * 4) * 8
+        store_i64(at, load_i64(at) + 1)
 
+
+@jit
+def count_choice(  # type: ignore[no-untyped-def]
+    ids, n_tokens, top_k, n_experts, kinds, scores, frequencies, state, counters, chosen, times,
+    missing,
+):  # fmt: skip
+    """`ExpertSource.count` of a few tokens: ids int32 [n_tokens, top_k].
+
+    times: int64 [n_experts] of scratch; missing: int64 [], how many of the experts are not there.
     What it does to the policy's numbers is `store.experts.policy.Frequency.use`.
     """
-    weight, age, absent = load_f64(state), load_f64(state + 8), 0
-    for k in range(top_k):
-        expert = load_i32(ids + k * 4)
-        frequency = load_f64(frequencies + expert * 8) + weight
-        store_f64(frequencies + expert * 8, frequency)
-        score = age + frequency / weight
-        if score > load_f64(scores + expert * 8):
-            store_f64(scores + expert * 8, score)
-        absent += int(load_i32(kinds + expert * 4) == ABSENT)
-        store_i32(chosen + k * 4, expert)
-    store_i64(counters, load_i64(counters) + top_k)
-    store_i64(counters + 8, load_i64(counters + 8) + top_k - absent)
+    _tally(ids, n_tokens * top_k, times, n_experts)
+    weight, age, uses, absent = load_f64(state), load_f64(state + 8), 0, 0
+    for expert in range(n_experts):
+        n = load_i64(times + expert * 8)
+        if n > 0:
+            frequency = load_f64(frequencies + expert * 8) + n * weight
+            store_f64(frequencies + expert * 8, frequency)
+            score = age + frequency / weight
+            if score > load_f64(scores + expert * 8):
+                store_f64(scores + expert * 8, score)
+            uses += 1
+            absent += int(load_i32(kinds + expert * 4) == ABSENT)
+    if n_tokens == 1:
+        for k in range(top_k):
+            store_i32(chosen + k * 4, load_i32(ids + k * 4))
+    store_i64(counters, load_i64(counters) + uses)
+    store_i64(counters + 8, load_i64(counters + 8) + uses - absent)
     store_i64(missing, absent)
 
 
 @jit
 def sort_pairs(  # type: ignore[no-untyped-def]
-    ids, weights, kinds, ready, late, counts, pair_weight, top_k
-):
-    """One token's pairs, numbered by rising expert, in two lists of segments.
+    ids, weights, n_tokens, top_k, n_experts, kinds, ready, late, counts, times, pair_token,
+    pair_weight,
+):  # fmt: skip
+    """A few tokens' pairs, numbered by rising expert, in two lists of segments.
 
-    ids int32 and weights float32 [top_k] are in the router's order. ready and late: int64
-    [top_k, 3], experts that are there and those that are not (or are MIXED); counts: int64 [2],
-    how many of each; pair_weight: float32 [top_k]. All addresses.
+    ids int32 and weights float32 [n_tokens, top_k] are in the router's order; times: int64
+    [n_experts] of scratch. ready and late: int64 [P, 3], experts that are there and those that are
+    not (or are MIXED); counts: int64 [2], how many of each; pair_token: int64 [P], pair_weight:
+    float32 [P]. All addresses.
     """
-    n_ready, n_late = 0, 0
-    for place in range(top_k):
-        for k in range(top_k):
-            expert, smaller = load_i32(ids + k * 4), 0
-            for other in range(top_k):
-                smaller += int(load_i32(ids + other * 4) < expert)
-            if smaller == place:
-                break
-        if load_i32(kinds + expert * 4) >= 0:
-            segment, n_ready = ready + n_ready * 24, n_ready + 1
-        else:
-            segment, n_late = late + n_late * 24, n_late + 1
-        store_i64(segment, expert)
-        store_i64(segment + 8, place)
-        store_i64(segment + 16, place + 1)
-        store_f32(pair_weight + place * 4, load_f32(weights + k * 4))
+    _tally(ids, n_tokens * top_k, times, n_experts)
+    n_ready, n_late, place = 0, 0, 0
+    for expert in range(n_experts):
+        n = load_i64(times + expert * 8)
+        if n > 0:
+            if load_i32(kinds + expert * 4) >= 0:
+                segment, n_ready = ready + n_ready * 24, n_ready + 1
+            else:
+                segment, n_late = late + n_late * 24, n_late + 1
+            store_i64(segment, expert)
+            store_i64(segment + 8, place)
+            store_i64(segment + 16, place + n)
+            store_i64(times + expert * 8, place)
+            place += n
+    for i in range(n_tokens * top_k):
+        at = times + load_i32(ids + i * 4) * 8
+        place = load_i64(at)
+        store_i64(at, place + 1)
+        store_i64(pair_token + place * 8, i // top_k)
+        store_f32(pair_weight + place * 4, load_f32(weights + i * 4))
     store_i64(counts, n_ready)
     store_i64(counts + 8, n_late)

@@ -48,12 +48,12 @@ def combine(args, start, stop):  # type: ignore[no-untyped-def]
 
 @op_of(count_choice)
 def count(args, start, stop):  # type: ignore[no-untyped-def]
-    count_choice(*load_args(args, 9))
+    count_choice(*load_args(args, 12))
 
 
 @op_of(sort_pairs)
 def sort(args, start, stop):  # type: ignore[no-untyped-def]
-    sort_pairs(*load_args(args, 8))
+    sort_pairs(*load_args(args, 12))
 
 
 # Positions and tables are read when an operation is played, so that a tape serves every token.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
 from kimi_cpu.kernels.common import (
+    FEW_TOKENS,
     I32,
     I64,
     ExpertTable,
@@ -41,23 +43,22 @@ MOE_PAIRS = 4096
 
 def request(experts: ExpertTable, ids: I32) -> None:
     """As `reference.request`: ids int32 [T, K]."""
-    source = experts.source
-    if len(ids) != 1:
+    source, tape, n = experts.source, active_tape(), len(ids)
+    if tape is None and n != 1:
         source.count(ids)
         source.request(np.unique(ids).tolist())
         return
-    missing = empty((), np.int64)
+    missing, times = empty((), np.int64), empty((len(experts),), np.int64)
     numbers = (source.scores, source.frequencies, source.state, source.counters, source.chosen)
     args = (
-        address(ids), ids.shape[1], address(experts.kinds), *(address(n) for n in numbers),
-        address(missing),
+        address(ids), n, ids.shape[1], len(experts), address(experts.kinds),
+        *(address(number) for number in numbers), address(times), address(missing),
     )  # fmt: skip
-    run(count_choice, args, (experts, ids, missing), 1)
+    run(count_choice, args, (experts, ids, times, missing), 1)
 
     def ask() -> None:
-        source.request(ids[0].tolist())
+        source.request(np.unique(ids).tolist())
 
-    tape = active_tape()
     if tape is not None:
         tape.call_if(missing, ask)
     elif missing:
@@ -89,8 +90,8 @@ def moe(
         # float32 or bf16 experts do not read it; the cost is a few microseconds.
         xq = quantize_activations(x)
     work = _Experts(x, xq, experts, precision, threads)
-    if len(x) == 1:
-        return _moe_token(work, ids, weights)
+    if len(x) <= FEW_TOKENS:
+        return _moe_few(work, ids, weights)
     out = empty(x.shape)
     out[:] = 0
     flat = ids.ravel()
@@ -127,31 +128,31 @@ class _Slots(NamedTuple):
     out: F32  # [P, D]
 
 
-def _moe_token(work: _Experts, ids: I32, weights: F32) -> F32:
-    """One token: every chosen expert has one pair, and nothing depends on which they are.
+def _moe_few(work: _Experts, ids: I32, weights: F32) -> F32:
+    """A few tokens: room for as many experts as there are pairs, whichever they are.
 
     So this can be recorded. What is there is computed first, the rest as it comes.
     """
-    experts, top_k = work.experts, ids.shape[1]
-    ready, late = empty((top_k, 3), np.int64), empty((top_k, 3), np.int64)
-    counts, sorted_weights = empty((2,), np.int64), empty((top_k,))
+    experts, (n, top_k) = work.experts, ids.shape
+    n_pairs = n * top_k
+    ready, late = empty((n_pairs, 3), np.int64), empty((n_pairs, 3), np.int64)
+    counts, times = empty((2,), np.int64), empty((len(experts),), np.int64)
+    pairs = _Pairs(empty((n_pairs,), np.int64), empty((n_pairs,)))
     sort = (
-        address(ids), address(weights), address(experts.kinds), address(ready), address(late),
-        address(counts), address(sorted_weights), top_k,
+        address(ids), address(weights), n, top_k, len(experts), address(experts.kinds),
+        address(ready), address(late), address(counts), address(times), address(pairs.token),
+        address(pairs.weight),
     )  # fmt: skip
-    keep = (experts, ids, weights, ready, late, counts, sorted_weights)
+    keep = (experts, ids, weights, ready, late, counts, times, *pairs)
     run(sort_pairs, sort, keep, 1)
-    pairs = _Pairs(np.zeros(top_k, np.int64), sorted_weights)
-    slots = work.slots(top_k)
-    work.run(ready, counts[:1], pairs, slots, top_k)
+    slots = work.slots(n_pairs)
+    work.run(ready, counts[:1], pairs, slots, n_pairs)
 
     def finish() -> None:
-        place_of = dict(late[: counts[1], :2].tolist())
-        while place_of:
-            here = experts.source.arrived(list(place_of))
-            places = [place_of.pop(e) for e in here]
-            segments = np.array([here, places, [p + 1 for p in places]], dtype=np.int64).T
-            work.fill(np.ascontiguousarray(segments), pairs, slots)
+        segments = {e: (e, start, stop) for e, start, stop in late[: counts[1]].tolist()}
+        for group in _coming(experts, list(segments), n):
+            part = np.array([segments[e] for e in group], dtype=np.int64)
+            work.fill(part, pairs, slots)
 
     tape = active_tape()
     if tape is not None:
@@ -159,8 +160,20 @@ def _moe_token(work: _Experts, ids: I32, weights: F32) -> F32:
     elif counts[1]:
         finish()
     out = empty(work.x.shape)
-    work.combine(slots, pairs, 1, out)
+    work.combine(slots, pairs, n, out)
     return out
+
+
+def _coming(experts: ExpertTable, ids: list[int], n_tokens: int) -> Iterator[list[int]]:
+    """These experts in groups as they arrive; those of several tokens may not fit all at once."""
+    if n_tokens > 1:
+        yield from experts.source.sweep(ids)
+        return
+    left = set(ids)
+    while left:
+        here = experts.source.arrived(sorted(left))
+        left.difference_update(here)
+        yield here
 
 
 @dataclass(frozen=True)

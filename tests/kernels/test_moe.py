@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from kimi_cpu.kernels import fast, reference, routed
-from kimi_cpu.kernels.common import ABSENT, AlwaysThere, Expert, ExpertTable
+from kimi_cpu.kernels.common import ABSENT, FEW_TOKENS, AlwaysThere, Expert, ExpertTable
 from kimi_cpu.store.experts.policy import Frequency
 
 
@@ -99,7 +99,7 @@ def make_slow(table, top_k, at_once):
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("n", [1, 6])
+@pytest.mark.parametrize("n", [1, 6, FEW_TOKENS + 1])
 @pytest.mark.parametrize("kinds", [("int4",) * 3, ("bf16", "int4", "f32")])
 def test_how_experts_come_changes_nothing(inputs, precision, n, kinds):
     table = make_table(inputs, kinds, 9, 64, 32)
@@ -128,43 +128,54 @@ def test_how_experts_come_changes_nothing(inputs, precision, n, kinds):
         assert source.asked == [chosen]
 
 
-def test_a_recorded_token_waits_for_its_experts(inputs):
+@pytest.mark.parametrize("n", [1, 2, FEW_TOKENS])
+def test_recorded_tokens_wait_for_their_experts(inputs, n):
     table = make_table(inputs, ("int4",) * 3, 8, 64, 32)
     source = make_slow(table, 3, 2)
-    x = inputs.f32(1, 64)
-    ids, weights = choose(inputs, 1, 8, 3)
+    x = inputs.f32(n, 64)
+    ids, weights = choose(inputs, n, 8, 3)
     with fast.recording() as tape:
         fast.request(source.table, ids)
         out = fast.moe(x, source.table, ids, weights, "fast")
     for _ in range(12):
-        ids[:], weights[:] = choose(inputs, 1, 8, 3)
-        x[:] = inputs.f32(1, 64)
-        missing = [e for e in sorted(ids[0].tolist()) if source.table.kinds[e] == ABSENT]
+        ids[:], weights[:] = choose(inputs, n, 8, 3)
+        x[:] = inputs.f32(n, 64)
+        chosen = np.unique(ids).tolist()
+        missing = [e for e in chosen if source.table.kinds[e] == ABSENT]
         source.asked.clear()
+        source.counters[:] = 0
         tape.play(1)
         np.testing.assert_array_equal(out, fast.moe(x, table, ids, weights, "fast"))
-        assert source.asked == ([sorted(ids[0].tolist())] if missing else [])
-        source.table.take(int(ids[0, 0]))
+        assert source.asked == ([chosen] if missing else [])
+        assert source.counters.tolist() == [len(chosen), len(chosen) - len(missing)]
+        for e in chosen[:1] + chosen[3:4]:
+            source.table.take(e)
 
 
-def test_compiled_counting_is_the_policys(inputs):
+@pytest.mark.parametrize("n", [1, 5])
+def test_compiled_counting_is_the_policys(inputs, n):
     """What `count_choice` does to a policy's arrays is what its own `use` does."""
     ours, theirs = Frequency(12), Frequency(12)
     source = AlwaysThere(12, 3)
     source.scores, source.frequencies, source.state = ours.scores, ours.frequencies, ours.state
     table = ExpertTable(source, 12, 32, 32)
+    distinct = 0
     for t in range(40):
-        ids, _ = choose(inputs, 1, 12, 3)
-        fast.request(table, ids)
-        for e in ids[0].tolist():
-            theirs.use(e)
+        ids, _ = choose(inputs, n, 12, 3)
+        with fast.recording() as tape:  # several tokens are counted in Python otherwise
+            fast.request(table, ids)
+        tape.play(1)
+        experts, times = np.unique(ids, return_counts=True)
+        distinct += len(experts)
+        for e, count in zip(experts.tolist(), times.tolist(), strict=True):
+            theirs.use(e, count)
         for policy in (ours, theirs):
             policy.tick()
             policy.admit(t % 12)
             policy.evict()
         np.testing.assert_array_equal(ours.scores, theirs.scores)
         np.testing.assert_array_equal(ours.frequencies, theirs.frequencies)
-    assert source.counters.tolist() == [120, 0]  # none of them was there
+    assert source.counters.tolist() == [distinct, 0]  # none of them was there
 
 
 def test_experts_of_other_shapes_are_refused(inputs):
@@ -196,15 +207,15 @@ def test_a_token_does_not_see_its_neighbours(inputs, close, precision, kind):
 
 def test_parts_of_a_long_prompt(inputs, monkeypatch):
     table = make_table(inputs, ("int4",) * 3, 4, 64, 32)
-    x = inputs.f32(11, 64)
-    ids, weights = choose(inputs, 11, 4, 2)
+    x = inputs.f32(FEW_TOKENS + 11, 64)
+    ids, weights = choose(inputs, len(x), 4, 2)
     whole = fast.moe(x, table, ids, weights, "fast")
     monkeypatch.setattr(routed, "MOE_PAIRS", 4)
     np.testing.assert_array_equal(fast.moe(x, table, ids, weights, "fast"), whole)
 
 
 @pytest.mark.parametrize("precision", ["exact", "fast"])
-@pytest.mark.parametrize("n", [1, 9])
+@pytest.mark.parametrize("n", [1, 9, FEW_TOKENS + 1])
 def test_threads_do_not_change_the_result(inputs, monkeypatch, n, precision):
     monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
     table = make_table(inputs, ("int4",) * 3, 6, 160, 96)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from kimi_cpu.chat.grammar import Constraint, DeadEndError, constrain
+from kimi_cpu.chat.grammar import Constraint, DeadEndError, compiler, constrain
+from kimi_cpu.chat.grammar.scan import MAX_DEPTH, JsonScan
 from kimi_cpu.chat.parser import StreamParser
 from kimi_cpu.sampling import Sampler, SamplingParams
 from kimi_cpu.tokenizer import Tokenizer
@@ -240,3 +244,205 @@ def test_random_calls(tokenizer: Tokenizer, seed: int) -> None:
             assert call.id == f"functions.{call.name}:{7 + i}" and call.valid
             check_json(schemas[call.name], call.arguments)
     assert not whole or all(call.complete for call in parser.calls)
+
+
+CALL = {"type": "function", "function": {"name": "fs.read-file"}}
+
+
+@pytest.mark.parametrize("choice", ["required", CALL])
+def test_a_call_is_forced_after_the_reasoning(tokenizer: Tokenizer, choice: Any) -> None:
+    constraint = constrain(tokenizer, tools=TOOLS, tool_choice=choice)
+    assert constraint is not None and not constraint.may_stop
+    accept(tokenizer, constraint, "thinking")
+    assert controls(tokenizer, constraint) == {"</think>", "<|tool_calls_section_begin|>"}
+    accept(tokenizer, constraint, "</think>")
+    assert allowed(tokenizer, constraint) == {tokenizer.control("<|tool_calls_section_begin|>")}
+    accept(tokenizer, constraint, "<|tool_calls_section_begin|>", "<|tool_call_begin|>")
+    accept(tokenizer, constraint, "functions.")
+    if choice is CALL:
+        accept(tokenizer, constraint, "fs.read-file:0", "<|tool_call_argument_begin|>", "{}")
+        accept(tokenizer, constraint, "<|tool_call_end|>")
+        assert controls(tokenizer, constraint) == {"<|tool_calls_section_end|>"}
+    else:
+        accept(tokenizer, constraint, "clock:0")
+
+
+def test_none_forbids_calls(tokenizer: Tokenizer) -> None:
+    constraint = constrain(tokenizer, tools=TOOLS, tool_choice="none")
+    assert constraint is not None
+    assert controls(tokenizer, constraint) == {"<think>", "</think>", *ENDS}
+    accept(tokenizer, constraint, "</think>", "x")
+    assert controls(tokenizer, constraint) == set(ENDS)
+    with pytest.raises(ValueError, match="not allowed"):
+        constraint.accept(tokenizer.control("<|tool_calls_section_begin|>"))
+
+
+def test_one_call_only(tokenizer: Tokenizer) -> None:
+    constraint = constrain(tokenizer, tools=TOOLS, parallel_tool_calls=False, in_reasoning=False)
+    assert constraint is not None
+    accept(tokenizer, constraint, "<|tool_calls_section_begin|>", "<|tool_call_begin|>")
+    accept(tokenizer, constraint, "functions.clock:0", "<|tool_call_argument_begin|>", "{}")
+    accept(tokenizer, constraint, "<|tool_call_end|>")
+    assert controls(tokenizer, constraint) == {"<|tool_calls_section_end|>"}
+
+
+def test_json_after_the_reasoning(tokenizer: Tokenizer) -> None:
+    constraint = constrain(tokenizer, response_format={"type": "json_object"})
+    assert constraint is not None and not constraint.may_stop
+    assert controls(tokenizer, constraint) == {"<think>", "</think>"}
+    accept(tokenizer, constraint, "no JSON", "</think>")
+    assert controls(tokenizer, constraint) == set()
+    assert {tokenizer.token_bytes(i)[:1] for i in allowed(tokenizer, constraint)} == {b"{"}
+    accept(tokenizer, constraint, '{"a": [1, "x"]}')
+    assert allowed(tokenizer, constraint) == {tokenizer.control(n) for n in ENDS}
+
+
+def test_json_or_calls(tokenizer: Tokenizer) -> None:
+    form = json_schema({"type": "integer"})
+    begin = "<|tool_calls_section_begin|>"
+
+    def fresh() -> Constraint:
+        made = constrain(tokenizer, tools=TOOLS, response_format=form, in_reasoning=False)
+        assert made is not None
+        return made
+
+    constraint = fresh()
+    assert controls(tokenizer, constraint) == {begin} and not constraint.may_stop
+    accept(tokenizer, constraint, "-")
+    assert controls(tokenizer, constraint) == set()
+    accept(tokenizer, constraint, "12")
+    assert controls(tokenizer, constraint) == {begin, *ENDS} and constraint.may_stop
+    for before in ((), ("7",)):
+        constraint = fresh()
+        accept(tokenizer, constraint, *before, begin, "<|tool_call_begin|>", "functions.clock:0")
+        accept(tokenizer, constraint, "<|tool_call_argument_begin|>", "{}", "<|tool_call_end|>")
+        accept(tokenizer, constraint, "<|tool_calls_section_end|>", "[EOS]")
+
+
+def test_nothing_to_constrain(tokenizer: Tokenizer) -> None:
+    assert constrain(tokenizer) is None
+    assert constrain(tokenizer, tools=[], response_format={"type": "text"}) is None
+    assert constrain(tokenizer, tool_choice="none") is None
+
+
+def test_a_model_without_think_tokens_starts_with_the_content(tokenizer: Tokenizer) -> None:
+    ranks = {tokenizer.token_bytes(i): i for i in range(tokenizer.n_ranks)}
+    bare = Tokenizer(ranks, {tokenizer.n_ranks + 2: "<|im_end|>"})
+    constraint = constrain(bare, response_format={"type": "json_object"}, in_reasoning=True)
+    assert constraint is not None
+    assert {bare.token_bytes(i)[:1] for i in allowed(bare, constraint)} == {b"{"}
+    accept(bare, constraint, "{}")
+    assert controls(bare, constraint) == {"<|im_end|>"}
+
+
+def test_the_configs_end_tokens_end_a_reply(tokenizer: Tokenizer) -> None:
+    pad = tokenizer.control("[PAD]")
+    constraint = constrain(
+        tokenizer, response_format=json_schema({"const": 1}), in_reasoning=False,
+        eos_token_ids=[pad],
+    )  # fmt: skip
+    assert constraint is not None and pad not in allowed(tokenizer, constraint)
+    accept(tokenizer, constraint, "1")
+    assert pad in allowed(tokenizer, constraint)
+    constraint.accept(pad)
+
+
+def test_text_that_spells_control_tokens_is_text(tokenizer: Tokenizer) -> None:
+    constraint = constrain(tokenizer, tools=TOOLS, in_reasoning=False)
+    assert constraint is not None
+    for i in tokenizer.encode_text("<|tool_calls_section_begin|><|im_end|></think>"):
+        assert i in allowed(tokenizer, constraint)
+        constraint.accept(i)
+    assert controls(tokenizer, constraint) == {"<|tool_calls_section_begin|>", *ENDS}
+    spelled = json_schema({"const": "<|im_end|>"})
+    constraint = constrain(tokenizer, response_format=spelled, in_reasoning=False)
+    assert constraint is not None
+    while not constraint.may_stop:
+        choices = allowed(tokenizer, constraint)
+        assert max(choices) < tokenizer.n_ranks
+        constraint.accept(min(choices))
+
+
+def test_invalid_bytes_come_in_free_text_only(tokenizer: Tokenizer) -> None:
+    constraint = constrain(tokenizer, response_format={"type": "json_object"})
+    assert constraint is not None
+    assert 0xFF in allowed(tokenizer, constraint)  # the rank of the byte
+    accept(tokenizer, constraint, "</think>", '{"')
+    assert not {0xFF, 0xC0, 0x80} & allowed(tokenizer, constraint)
+
+
+@pytest.mark.parametrize("token", ["<|im_end|>", "<|tool_call_end|>", "<|im_user|>", "<think>"])
+def test_a_token_that_is_not_allowed_is_an_error(tokenizer: Tokenizer, token: str) -> None:
+    constraint = constrain(tokenizer, response_format={"type": "json_object"}, in_reasoning=False)
+    assert constraint is not None
+    for wrong in (tokenizer.control(token), tokenizer.encode_text("x")[0]):
+        with pytest.raises(ValueError, match="not allowed in CONTENT"):
+            constraint.accept(wrong)
+    accept(tokenizer, constraint, "{}")  # and harms nothing
+    assert constraint.may_stop
+
+
+def test_two_replies_do_not_disturb_each_other(tokenizer: Tokenizer) -> None:
+    form = json_schema(SCHEMAS["tree"])
+
+    def trace(seed: int) -> list[tuple[int, bytes]]:
+        constraint = constrain(tokenizer, response_format=form, in_reasoning=False)
+        assert constraint is not None
+        rng, out = np.random.default_rng(seed), []
+        for _ in range(60):
+            mask = constraint.mask()
+            token = int(rng.choice(sorted(allowed(tokenizer, constraint))))
+            out.append((token, mask.tobytes()))
+            if tokenizer.is_control(token):
+                break
+            constraint.accept(token)
+        return out
+
+    alone = [trace(seed) for seed in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(trace, range(8))) == alone
+    compiler.vocabulary(tokenizer)._cache.clear()
+    assert [trace(seed) for seed in range(8)] == alone
+
+
+def test_numbers_end_and_nesting_ends(tokenizer: Tokenizer) -> None:
+    form = json_schema({"type": ["number", "array"]})
+    for digit, longest in ((b"9", 300), (b".", 16), (b"e", 2)):
+        constraint = constrain(tokenizer, response_format=form, in_reasoning=False)
+        assert constraint is not None
+        text = {b"9": "", b".": "0.", b"e": "1e"}[digit]
+        accept(tokenizer, constraint, text)
+        written = 0
+        while written <= longest and ord("9") in allowed(tokenizer, constraint):
+            constraint.accept(ord("9"))
+            written += 1
+        assert 0 < written <= longest
+        assert "<|im_end|>" in controls(tokenizer, constraint)
+    constraint = constrain(tokenizer, response_format=form, in_reasoning=False)
+    assert constraint is not None
+    accept(tokenizer, constraint, "[" * MAX_DEPTH)
+    with pytest.raises(DeadEndError, match="nested deeper"):
+        constraint.accept(ord("["))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.recursive(
+    st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner), max_leaves=12))  # fmt: skip
+def test_the_scan_sees_what_json_is(value: Any) -> None:
+    text = json.dumps(value, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    scan, deepest = JsonScan(), 0
+    for at in range(len(text)):
+        scan.push(text[at : at + 1])
+        deepest = max(deepest, scan.depth)
+    whole = JsonScan()
+    whole.push(text)
+    assert vars(whole) == vars(scan) and scan.depth == 0
+
+    def depth(v: Any) -> int:
+        inner = v if isinstance(v, list) else v.values() if isinstance(v, dict) else None
+        return 0 if inner is None else 1 + max(map(depth, inner), default=0)
+
+    assert deepest == depth(value)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    assert (scan.room is not None) == (is_number and value not in (float("inf"), -float("inf")))

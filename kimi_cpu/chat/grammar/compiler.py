@@ -38,11 +38,12 @@ def _limits() -> LLParserLimits:
     """llguidance's own limits; beyond them a matcher stops with an error.
 
     Fuel is work while compiling (1 M: some 20 ms) and for a token's mask (200 K: some 14 ms);
-    a lexer state takes 1-2 KB.
+    a lexer state takes 1-2 KB; an object has up to four items in a row for each property.
     """
     from llguidance import LLParserLimits
 
     return LLParserLimits(
+        max_items_in_row=50_000,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,
         step_max_items=50_000,
@@ -67,8 +68,9 @@ class _Words:
         self.special_token_ids: Sequence[int] = ()
         self._encode = tokenizer.encode_text
 
-    def __call__(self, text: str | bytes) -> list[int]:
-        return self._encode(text if isinstance(text, str) else text.decode("utf-8", "replace"))
+    def __call__(self, text: bytes) -> list[int]:
+        """Asked for text that is forced, which so comes in the tokens the model expects."""
+        return self._encode(text.decode("utf-8", "replace"))
 
 
 class Vocabulary:

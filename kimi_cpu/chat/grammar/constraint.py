@@ -150,8 +150,10 @@ class Constraint:
 
     def _accept_text(self, token: int) -> None:
         if self._matcher is not None:
-            if not self._matcher.consume_token(token):
+            if not self._matcher.validate_tokens([token]):
                 raise self._wrong(token)
+            if not self._matcher.consume_token(token):
+                raise DeadEndError("the reply's JSON became too costly to follow its schema")
             data = self._words.tokenizer.token_bytes(token)
             if self._state is _State.HEADER:
                 self._header += data

@@ -244,6 +244,11 @@ class ExpertStore:
         return self._budget.total_bytes
 
     @property
+    def records(self) -> bool:
+        """Whether what the routers choose is written down."""
+        return self._recorder is not None
+
+    @property
     def capacity(self) -> int:
         """Experts that may be resident now."""
         return self._capacity
