@@ -10,7 +10,8 @@ from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import F32, U8, U16, Weight
 from kimi_cpu.store.extents import Extent
-from kimi_cpu.store.safetensors import TensorEntry
+from kimi_cpu.store.mapping import MappedFile
+from kimi_cpu.store.safetensors import SafetensorsFile, TensorEntry
 
 #: The file that makes a folder a checkpoint: Hugging Face's index, the only shard of a small
 #: model, or the manifest of a repacked one (docs/format.md).
@@ -36,6 +37,7 @@ class Checkpoint(ABC):
         self.folder = folder
         self.config = config
         self.n_files = self.file_bytes = 0
+        self._files: Sequence[MappedFile | SafetensorsFile] = ()
         self.total_bytes = self.expert_bytes = self.trunk_bytes = 0
 
     @staticmethod
@@ -106,6 +108,11 @@ class Checkpoint(ABC):
         Args:
             buffers: uint8 [length] of each of `expert_extents`, in its order.
         """
+
+    def check_files(self) -> None:
+        """Raises CheckpointError if one of the files has become shorter since it was opened."""
+        for file in self._files:
+            file.check()
 
     @abstractmethod
     def close(self) -> None:

@@ -57,7 +57,7 @@ class PackedCheckpoint(Checkpoint):
         self._trunk = Tensors(by_name)
         self._shapes = {name: (n, m) for name, n, m in trunk_linears(config)}
         self._checked: set[str | tuple[int, int]] = set()
-        self._files: list[MappedFile | SafetensorsFile] = [*expert_files, *trunk_files]
+        self._files = [*expert_files, *trunk_files]
         for file in self._files:
             self.n_files += 1
             self.file_bytes += file.size

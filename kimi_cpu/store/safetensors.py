@@ -134,6 +134,10 @@ class SafetensorsFile(SafetensorsHeader):
         """Let go of the map. It stays mapped as long as views on it are alive."""
         self._file.close()
 
+    def check(self) -> None:
+        """As `MappedFile.check`."""
+        self._file.check()
+
 
 def header_length(path: Path, first: bytes, size: int) -> int:
     """The header's length from the first 8 bytes of a file; CheckpointError if it cannot be."""

@@ -282,8 +282,10 @@ class ExpertStore:
     def passing(self, n_tokens: int, latent_bytes: int) -> Iterator[None]:
         """A forward pass of n tokens, beside so many bytes of latents.
 
-        Raises UsageError if the latents leave too little memory for a layer's experts.
+        Raises UsageError if the latents leave too little memory for a layer's experts, and
+        CheckpointError if a file was cut off.
         """
+        self._checkpoint.check_files()
         if not self.bounded and self._recorder is None:
             yield
             self._tokens += n_tokens
