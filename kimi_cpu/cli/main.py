@@ -27,6 +27,7 @@ VERBS = {
     "pull": ("kimi_cpu.cli.pull", "Download a checkpoint from a hub."),
     "repack": ("kimi_cpu.cli.repack", "Convert a checkpoint to the kernels' own format."),
     "plan": ("kimi_cpu.cli.plan", "Predict speed and memory of a model on this machine."),
+    "doctor": ("kimi_cpu.cli.doctor", "Check the installation, and a model folder."),
     "bench": ("kimi_cpu.cli.bench", "Measure tokens a second beside what memory allows."),
 }
 
