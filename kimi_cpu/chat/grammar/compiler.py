@@ -195,4 +195,4 @@ def _packed(allowed: NDArray[np.bool_]) -> AllowedBits:
 def _first_line(text: str) -> str:
     """llguidance's reason, in one line."""
     lines = [line.strip() for line in text.split("\n") if line.strip()]
-    return " ".join(line for line in lines if not line.startswith("<"))[:300]
+    return " ".join(line for line in lines if not line.startswith("<"))[:160]

@@ -261,7 +261,8 @@ def constrain(
     """The constraint of a reply, or None when nothing is constrained (no tools, free text).
 
     tools: checked (`messages.validate_tools`) declarations. `"strict": false` in a function
-        leaves out what its schema cannot enforce; otherwise that is an error.
+        leaves out what cannot be enforced of its schema (all of it, if there is no other way:
+        then arguments are any JSON object); otherwise that is an error.
     tool_choice: None or "auto", "none", "required", or an object that names a function: one call
         of it. A call follows the reasoning, and may interrupt it, as Kimi does.
     response_format: None, or OpenAI's object of type "text", "json_object" or "json_schema".
@@ -275,13 +276,13 @@ def constrain(
     """
     names = [str(tool["function"]["name"]) for tool in tools or ()]
     wanted = _wanted(tool_choice, names)
-    content = _content_schema(response_format)
+    content, content_field = _content_schema(response_format)
     if not names and content is None:
         return None
     words = vocabulary(tokenizer)
     calls = _call_schemas(words, tools or (), wanted)
     if content is not None:
-        words.json(content, "response_format")
+        words.json(content, content_field)
     single = not parallel_tool_calls or isinstance(tool_choice, Mapping)
     return Constraint(
         words,
@@ -331,33 +332,35 @@ def _call_schemas(
             continue
         where = f"tools[{i}].function.parameters"
         parameters = function.get("parameters")
+        parameters = _NO_PARAMETERS if parameters is None else parameters
         strict = function.get("strict") is not False
-        schema = prepare(
-            _NO_PARAMETERS if parameters is None else parameters,
-            where,
-            root_object=True,
-            strict=strict,
-        )
-        words.json(schema, where)
+        try:
+            schema = prepare(parameters, where, root_object=True, strict=strict)
+            words.json(schema, where)
+        except GrammarError:
+            if strict:
+                raise
+            schema = prepare({"type": "object"}, where)
         calls[name] = schema
     if sum(map(len, calls.values())) > MAX_TOOLS_CHARS:
         raise GrammarError("tools", f"their schemas have more than {MAX_TOOLS_CHARS >> 20} MB")
     return calls
 
 
-def _content_schema(response_format: Any) -> str | None:
-    """The prepared schema of the content; None when it is free text."""
+def _content_schema(response_format: Any) -> tuple[str | None, str]:
+    """The prepared schema of the content, None when it is free text; and the field it is from."""
+    where = "response_format"
     if response_format is None:
-        return None
+        return None, where
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind == "text":
-        return None
+        return None, where
     if kind == "json_object":
-        return prepare({"type": "object"}, "response_format")
+        return prepare({"type": "object"}, where), where
     if kind != "json_schema":
         raise GrammarError("response_format.type", "neither text, json_object nor json_schema")
-    where = "response_format.json_schema"
+    where = "response_format.json_schema.schema"
     entry = response_format.get("json_schema")
     if not isinstance(entry, Mapping) or "schema" not in entry:
-        raise GrammarError(f"{where}.schema", "missing", 'Like {"name": ..., "schema": {...}}.')
-    return prepare(entry["schema"], f"{where}.schema", strict=entry.get("strict") is not False)
+        raise GrammarError(where, "missing", 'Like {"name": ..., "schema": {...}}.')
+    return prepare(entry["schema"], where, strict=entry.get("strict") is not False), where

@@ -30,6 +30,7 @@ MAX_DEPTH = 64
 MAX_NODES = 10_000
 MAX_LITERAL_CHARS = 4096
 MAX_PATTERN_PROPERTIES = 32
+MAX_PROPERTIES = 1000  # of one object: compiling takes time in their square, 0.1 s for these
 #: Patterns below one node that intersects schemas (allOf, or anyOf and $ref with siblings).
 MAX_MET_PATTERNS = 8
 #: Lower bounds of lengths. Upper bounds cost nothing and may be any number.
@@ -88,7 +89,7 @@ def prepare(schema: Any, where: str, *, root_object: bool = False, strict: bool 
 
     where: the field that holds the schema, for messages.
     root_object: values must be objects, as the arguments of a call are.
-    strict: refuse keywords that cannot be enforced, instead of leaving them out.
+    strict: refuse keywords and patterns that cannot be enforced, instead of leaving them out.
     """
     if not isinstance(schema, Mapping | bool):
         raise GrammarError(where, "is not a JSON schema (an object)")
@@ -98,6 +99,8 @@ def prepare(schema: Any, where: str, *, root_object: bool = False, strict: bool 
         if "object" not in ([kinds] if isinstance(kinds, str) else kinds):
             raise GrammarError(where, "describes no object", 'Give it "type": "object".')
         result = {"type": "object", **result} | {"type": "object"}
+    if not strict:
+        result["x-guidance"] = {"coerce_one_of": True}  # as anyOf where options may overlap
     text = json.dumps(result, ensure_ascii=False, separators=(",", ":"))
     if len(text.encode("utf-8")) > MAX_BYTES:
         raise GrammarError(where, f"the schema is larger than {MAX_BYTES >> 10} KB")
@@ -166,6 +169,8 @@ class _Preparation:
         members = _checked(value, Mapping, where, "an object of schemas")
         if key == "patternProperties" and len(members) > MAX_PATTERN_PROPERTIES:
             raise GrammarError(where, f"has more than {MAX_PATTERN_PROPERTIES} patterns")
+        if key == "properties" and len(members) > MAX_PROPERTIES:
+            raise GrammarError(where, f"has more than {MAX_PROPERTIES:,} members")
         result = {}
         for name, member in members.items():
             here = f"{where}.{str(name)[:40]}"
@@ -197,12 +202,18 @@ class _Preparation:
             if key == "multipleOf" and result[key] <= 0:
                 raise GrammarError(where, "is not above 0")
         elif key == "pattern":
-            result[key] = _pattern(value, where)
+            try:
+                result[key] = _pattern(value, where)
+            except GrammarError:
+                if self._strict:
+                    raise
         elif key == "format":
             if _checked(value, str, where, "a string") in _FORMATS:
                 result[key] = value
         elif key == "required":
             names = _checked(value, list, where, "a list of names")
+            if len(names) > MAX_PROPERTIES:
+                raise GrammarError(where, f"has more than {MAX_PROPERTIES:,} names")
             for name in names:
                 _check_text(name, where, literal=False)
                 self._count(where)
