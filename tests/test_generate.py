@@ -348,7 +348,8 @@ def test_logprobs_of_each_token_by_its_part(tokenizer):
     session = FakeSession(tokenizer, lambda _: "<think>a</think>b" + call("f", "{}"))
     reply = Reply(tokenizer, [1], GREEDY, allow_tools=True, top_logprobs=2)
     _, sampled = drive(session, reply)
-    assert [s.token for s in sampled] == list(reply.result().token_ids)
+    assert [s.token for s in sampled[:-1]] == list(reply.result().token_ids)
+    assert tokenizer.is_control(sampled[-1].token), "the one that ends it, too"
     parts = [s.part for s in sampled]
     assert parts[:4] == ["control", "reasoning", "control", "content"]
     assert set(parts[4:]) == {"control"}

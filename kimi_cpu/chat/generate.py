@@ -84,7 +84,7 @@ class Constraint(Protocol):
 
 @dataclass(frozen=True)
 class Sampled:
-    """A token that joined the reply, with log probabilities (natural, of the model's own
+    """A token that was chosen, with log probabilities (natural, of the model's own
     distribution at temperature 1).
 
     part: "content", "reasoning", or "control" for control tokens and calls.
@@ -275,7 +275,8 @@ class Reply:
         token: the last token that joined the reply; step it to get what the next `feed` needs.
         finish_reason: None while the reply goes on.
         ids: the reply's tokens so far.
-        sampled: of the last `feed`, when `top_logprobs` was asked for and a token joined.
+        sampled: of the last `feed`, when `top_logprobs` was asked for; also of the token that
+            ends the reply.
     """
 
     def __init__(
@@ -298,6 +299,7 @@ class Reply:
         max_calls: the reply ends after so many calls.
         next_call_index: the conversation's, see `messages.Conversation`.
         eos_token_ids: the config's, which end a reply beside `<|im_end|>` and `[EOS]`.
+        constraint: narrows every choice; made for `continued(tokenizer, prompt_ids, params)`.
         top_logprobs: set `sampled` for each token, with so many of the likeliest.
         """
         self._tokenizer = tokenizer
@@ -314,7 +316,7 @@ class Reply:
         if allow_tools:
             allowed |= {*TOOL_TOKENS}
         banned = [i for name, i in ids.items() if name not in allowed and i not in self._ends]
-        self.prompt = list(prompt_ids) if plain else _continued(tokenizer, prompt_ids, params)
+        self.prompt = list(prompt_ids) if plain else continued(tokenizer, prompt_ids, params)
         self._parser = StreamParser(
             tokenizer,
             in_reasoning=not plain and starts_in_reasoning(tokenizer, self.prompt),
@@ -351,7 +353,7 @@ class Reply:
     def feed(self, logits: NDArray[np.float32]) -> list[Event]:
         """Choose the next token by these logits (float32 [V], not changed); returns its events.
 
-        Raises what `Sampler.sample` raises; the reply then cannot go on.
+        Raises what `Sampler.sample` and the constraint raise; the reply then cannot go on.
         """
         assert self.finish_reason is None
         self.sampled = None
@@ -361,14 +363,14 @@ class Reply:
         token = self._next(logits)
         if self._first_s is None:
             self._first_s = self._elapsed()
+        if self._top_logprobs is not None:
+            self.sampled = self._with_logprobs(token, logits, self._top_logprobs)
         if token in self._ends:
             return self.finish("stop")
         self.ids.append(token)
         self._sampler.accept(token)
         if self._constraint is not None:
             self._constraint.accept(token)
-        if self._top_logprobs is not None:
-            self.sampled = self._with_logprobs(token, logits, self._top_logprobs)
         is_control = self._tokenizer.is_control(token)
         self._n_reasoning += self._parser.in_reasoning and not is_control
         events, stopped = self._watched(self._parser.push(token))
@@ -469,10 +471,10 @@ class Reply:
         return time.perf_counter() - self._started
 
 
-def _continued(
+def continued(
     tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams
 ) -> list[int]:
-    """The prompt, with the reasoning closed beforehand when thinking is off."""
+    """The prompt that a reply continues: with the reasoning closed when thinking is off."""
     prompt, ids = list(prompt_ids), tokenizer.special_tokens
     off = params.thinking_budget == 0 and supports_thinking(tokenizer)
     if off and prompt[-1:] != [ids[END_THINK]]:

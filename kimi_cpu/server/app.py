@@ -60,15 +60,16 @@ def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
         metrics.answered(path if path in _PATHS else "other", code)
 
     middleware = [Middleware(Guard, settings=settings, on_answer=count)]
-    if settings.cors_origins:
-        middleware.append(
+    if settings.cors_origins:  # outside, so that pages can read what the guard says
+        middleware.insert(
+            0,
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
                 allow_methods=["GET", "POST"],
                 allow_headers=["*"],
                 expose_headers=["Retry-After"],
-            )
+            ),
         )
     app = Starlette(
         routes=ROUTES,

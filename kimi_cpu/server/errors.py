@@ -7,6 +7,7 @@ from typing import Any
 
 import msgspec
 
+from kimi_cpu.chat.grammar import GrammarError
 from kimi_cpu.errors import (
     ContextError,
     MessageError,
@@ -16,7 +17,14 @@ from kimi_cpu.errors import (
     UserError,
 )
 
-_CLIENT_ERRORS = (ContextError, MessageError, TemplateError, TokenizerError, UsageError)
+_CLIENT_ERRORS = (
+    ContextError,
+    GrammarError,
+    MessageError,
+    TemplateError,
+    TokenizerError,
+    UsageError,
+)
 #: A field's name at the start of a message: `temperature is -1`, `messages[0].role: missing`.
 _FIELD = re.compile(r"([a-z_][a-z_0-9]*(?:\[[^\]]*\]|\.[a-z_0-9]+)*)(?=: | is )", re.IGNORECASE)
 
@@ -41,7 +49,7 @@ class ApiError(Exception):
         self.status = status
         self.message = message
         self.param = param
-        self.code = code
+        self.code = code or ("invalid_value" if status == 400 else None)
         self.headers = headers or {}
 
     @property
@@ -71,6 +79,8 @@ def from_user_error(error: UserError) -> ApiError:
     if not isinstance(error, _CLIENT_ERRORS):
         return ApiError(500, text, code="internal_error")
     code = "context_length_exceeded" if isinstance(error, ContextError) else "invalid_value"
+    if isinstance(error, GrammarError):
+        return ApiError(400, text, param=error.param)
     field = _FIELD.match(error.message)
     return ApiError(400, text, param=field[1] if field else None, code=code)
 

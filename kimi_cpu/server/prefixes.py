@@ -10,7 +10,6 @@ from collections.abc import Sequence
 
 from kimi_cpu.engine import Engine, Session
 
-
 #: A loss of so few tokens is always worth a match.
 SMALL_LOSS = 512
 

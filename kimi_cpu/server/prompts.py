@@ -1,12 +1,19 @@
-"""A conversation in OpenAI's form -> the token ids to reply to."""
+"""A conversation in OpenAI's form -> the token ids to reply to, and the reply to them.
+
+Both take time in proportion to the conversation and its tools: call them in a thread.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
 
+from kimi_cpu.chat.generate import Reply, continued
+from kimi_cpu.chat.grammar import constrain
 from kimi_cpu.chat.messages import Conversation, normalise
+from kimi_cpu.chat.parser import starts_in_reasoning
 from kimi_cpu.errors import ContextError
+from kimi_cpu.sampling import SamplingParams
 from kimi_cpu.server.replay import Replies
 from kimi_cpu.server.settings import ServedModel
 
@@ -30,13 +37,14 @@ def chat_prompt(
     *,
     thinking: bool | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    check: bool = True,
 ) -> ChatPrompt:
     """Render a conversation, with the model's own turns in the tokens that it sampled.
 
-    Takes time in proportion to the conversation: call it in a thread. Raises MessageError,
-    TemplateError, and ContextError when there is no room left for a reply.
+    Raises MessageError, TemplateError, and with `check` ContextError when no room is left for a
+    reply.
     """
-    recalled = replies.recall(normalise(messages, tools or None))
+    recalled = replies.recall(normalise(messages, tools))
     conversation = recalled.conversation
     segments = model.template.render_segments(
         conversation.messages,
@@ -45,8 +53,55 @@ def chat_prompt(
         **(template_kwargs or {}),
     )
     ids = replies.encode(segments, recalled)
-    check_length(model, ids, "messages")
+    if check:
+        check_length(model, ids, "messages")
     return ChatPrompt(ids, conversation, recalled.key)
+
+
+def chat_reply(
+    model: ServedModel,
+    prompt: ChatPrompt,
+    params: SamplingParams,
+    *,
+    tool_choice: Any = None,
+    parallel_tool_calls: bool = True,
+    response_format: Any = None,
+    top_logprobs: int | None = None,
+) -> Reply:
+    """The reply to a conversation: calls follow their tools' schemas, content `response_format`.
+
+    tool_choice, response_format: in OpenAI's form. Raises GrammarError naming the field.
+    """
+    tokenizer, conversation = model.tokenizer, prompt.conversation
+    eos_token_ids = model.engine.config.eos_token_ids
+    constraint = constrain(
+        tokenizer,
+        tools=[_lenient(tool) for tool in conversation.tools or ()],
+        tool_choice=tool_choice,
+        parallel_tool_calls=parallel_tool_calls,
+        response_format=response_format,
+        in_reasoning=starts_in_reasoning(tokenizer, continued(tokenizer, prompt.ids, params)),
+        next_call_index=conversation.next_call_index,
+        eos_token_ids=eos_token_ids,
+    )
+    return Reply(
+        tokenizer,
+        prompt.ids,
+        params,
+        allow_tools=bool(conversation.tools) and tool_choice != "none",
+        max_calls=None if parallel_tool_calls else 1,
+        next_call_index=conversation.next_call_index,
+        eos_token_ids=eos_token_ids,
+        constraint=constraint,
+        top_logprobs=top_logprobs,
+    )
+
+
+def _lenient(tool: dict[str, Any]) -> dict[str, Any]:
+    """Keywords that cannot be enforced are errors only where the client says `strict`: agents
+    declare all kinds of schemas."""
+    function = tool["function"]
+    return {**tool, "function": {**function, "strict": function.get("strict") is True}}
 
 
 def check_length(model: ServedModel, ids: list[int], field: str) -> None:

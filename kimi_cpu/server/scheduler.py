@@ -1,8 +1,9 @@
 """Whose turn it is.
 
-A turn of the inference thread is a slice of one prompt, then one token for every reply under way.
-Prompts take turns, so that a short one does not wait for a long one; replies go on while prompts
-are read. Nothing here waits or sleeps, and nothing but `submit` may be called by another thread.
+A turn of the inference thread is a slice of one prompt, then tokens for all replies under way: one
+each, or as many as fit into the time that the slice took. So prompts take turns, a short one does
+not wait for a long one, and replies go on at half their speed while prompts are read. Nothing here
+waits or sleeps, and nothing but `submit` and `close` may be called by another thread.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING
 
+from kimi_cpu.chat.grammar import DeadEndError
 from kimi_cpu.errors import ContextError, UserError
 from kimi_cpu.quant import F32
 from kimi_cpu.server.errors import ApiError, busy, internal, unavailable
@@ -102,10 +104,18 @@ class Scheduler:
         """Do the next piece of work; False when there was none."""
         self._admit()
         had_work = self.active > 0
+        begun = time.perf_counter()
         if self._prompts:
-            self._read_slice(self._prompts.popleft())
-        if self._replies:
+            if self._read_slice(self._prompts[0]):
+                self._prompts.popleft()
+            else:
+                self._prompts.rotate(-1)
+        # Replies get as much time as the slice took, and one token at least.
+        until = 2 * time.perf_counter() - begun if self._prompts else 0.0
+        while self._replies:
             self._decode()
+            if time.perf_counter() >= until or self.overdue:
+                break
         return had_work
 
     def abort(self) -> None:
@@ -143,8 +153,11 @@ class Scheduler:
         job.reply.start(job.position)
         self._prompts.append(job)
 
-    def _read_slice(self, job: Job) -> None:
-        """Compute the next tokens of a prompt, up to a multiple of the slice's size."""
+    def _read_slice(self, job: Job) -> bool:
+        """Compute the next tokens of a prompt, up to a multiple of the slice's size.
+
+        Returns whether the job is through with its prompt, or has failed.
+        """
         session, prompt = job.session, job.reply.prompt
         assert session is not None
         begin, size = job.position, self._settings.prefill_slice
@@ -172,15 +185,15 @@ class Scheduler:
             job.position = end
             job.done_tokens = done_before + end - begin
             if end < len(prompt):
-                self._prompts.append(job)
-                return
+                return False
             if job.score_top is not None:
                 job.give(Scored(job.scores))
                 logits = logits.copy()  # not all of the slice's
         except Exception as error:
             self._fail(job, error)
-            return
-        self._replies.append((job, logits))
+        else:
+            self._replies.append((job, logits))
+        return True
 
     def _decode(self) -> None:
         """One token for each reply, and what the model says after it."""
@@ -197,20 +210,35 @@ class Scheduler:
                     self._cut(job)
                 else:
                     going_on.append(job)
+            except DeadEndError:  # the grammar knows no way on
+                self._cut(job)
             except Exception as error:
                 self._fail(job, error)
-        self._replies = []
-        stepped = step_all([(job.session, job.reply.token) for job in going_on if job.session])
+        replies: list[tuple[Job, F32]] = []
+        stepped = self._step([(job.session, job.reply.token) for job in going_on if job.session])
         for job, outcome in zip(going_on, stepped, strict=True):
             if isinstance(outcome, ContextError):  # no memory for a longer cache
                 self._cut(job)
             elif isinstance(outcome, Exception):
                 self._fail(job, outcome)
             else:
-                self._replies.append((job, outcome))
+                replies.append((job, outcome))
+        self._replies = replies
+
+    def _step(self, work: list[tuple[Session, int]]) -> list[F32 | Exception]:
+        """Append a token to each session: the logits after it, float32 [V], or what went wrong."""
+        if not work:
+            return []
+        try:
+            return list(self._engine.step([s for s, _ in work], [token for _, token in work]))
+        except Exception as error:
+            if len(work) == 1:
+                return [error]
+        # All are as before: one by one it shows whose error it is.
+        return [outcome for one in work for outcome in self._step([one])]
 
     def _cut(self, job: Job) -> None:
-        """The context is full."""
+        """It can go on no further: the context is full."""
         job.give(Step(job.reply.finish("length")))
         self._finish(job)
 
@@ -250,17 +278,6 @@ class Scheduler:
 
 def _shutting_down() -> ApiError:
     return unavailable("the server is shutting down", "shutting_down")
-
-
-def step_all(work: list[tuple[Session, int]]) -> list[F32 | Exception]:
-    """Append a token to each session: the logits after it, float32 [V], or what went wrong."""
-    outcomes: list[F32 | Exception] = []
-    for session, token in work:
-        try:
-            outcomes.append(session.step(token))
-        except Exception as error:
-            outcomes.append(error)
-    return outcomes
 
 
 def summary(job: Job) -> str:

@@ -57,14 +57,14 @@ class Guard:
             await send(message)
 
         try:
-            self._check(path, str(scope["method"]), Headers(scope=scope))
+            self._check(path, Headers(scope=scope))
         except ApiError as error:
             response = JSONResponse(error.body(), error.status, headers=error.headers)
             await response(scope, receive, watched)
             return
         await self._app(scope, receive, watched)
 
-    def _check(self, path: str, method: str, headers: Headers) -> None:
+    def _check(self, path: str, headers: Headers) -> None:
         host = headers.get("host", "")
         if self._settings.api_key is None:
             name = _host_name(host)
@@ -82,7 +82,7 @@ class Guard:
                 "to let them",
                 code="wrong_origin",
             )
-        if self._settings.api_key is None or method == "OPTIONS":
+        if self._settings.api_key is None:
             return
         if path in PUBLIC_PATHS or path.startswith(PUBLIC_PREFIXES):
             return

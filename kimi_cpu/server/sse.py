@@ -92,14 +92,15 @@ class EventStream(Response):
             item: Item | None = None
             while not isinstance(item, Finished):
                 item = await self._outbox.get(self._heartbeat_s)
-                await write(self._comment() if item is None else self._frames.item(item))
+                await write(self.heartbeat() if item is None else self._frames.item(item))
         except Exception as error:
             if isinstance(error, OSError):
                 raise
             await write(self._frames.error(as_api_error(error)))
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
-    def _comment(self) -> bytes:
+    def heartbeat(self) -> bytes:
+        """What is sent after a time of silence."""
         job = self._job
         if job.done_tokens < job.todo_tokens:
             return b": reading %d of %d tokens\n\n" % (job.done_tokens, job.todo_tokens)

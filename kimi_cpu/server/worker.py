@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
+from kimi_cpu.chat.grammar.compiler import vocabulary
 from kimi_cpu.errors import UserError
 from kimi_cpu.server.errors import unavailable
 from kimi_cpu.server.jobs import Job
@@ -162,7 +163,9 @@ class Worker:
 
 
 def warm_up(model: ServedModel) -> None:
-    """Compute a few tokens, so that kernels are loaded or compiled before the first request."""
+    """Do once what the first request would wait for: kernels are loaded or compiled by computing
+    a few tokens, and grammars get their tables of the vocabulary."""
+    vocabulary(model.tokenizer)
     session = model.engine.session()
     session.sync([0, 1])  # few tokens: each reads experts from disk
     session.step(2)

@@ -1,0 +1,170 @@
+"""`kimi-cpu serve` as a process: starting, what goes wrong, stopping."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("starlette")
+pytest.importorskip("uvicorn")
+
+from kimi_cpu.cli.main import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Server:
+    """A process; `lines` is what it has written to stderr."""
+
+    def __init__(self, *args: str, **env: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "kimi_cpu", "serve", "--port", "0", *args],
+            stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
+            env=os.environ | env,
+        )  # fmt: skip
+        self.lines: list[str] = []
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line)
+
+    def url(self) -> str:
+        """Wait until it is ready."""
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and self.process.poll() is None:
+            if found := re.search(r"(http://\S+)/v1", "".join(self.lines)):
+                return found[1]
+            time.sleep(0.02)
+        raise AssertionError("".join(self.lines))
+
+    def end(self, signal_number: int = signal.SIGINT) -> tuple[int, str]:
+        """The exit code and stderr."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal_number)
+        code = self.process.wait(30)
+        self._reader.join()
+        self.process.stdout.close()  # type: ignore[union-attr]
+        self.process.stderr.close()  # type: ignore[union-attr]
+        return code, "".join(self.lines)
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Server]]:
+    servers: list[Server] = []
+
+    def start(*args: str, **env: str) -> Server:
+        servers.append(Server(*args, **env))
+        return servers[-1]
+
+    yield start
+    for server in servers:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.end()
+
+
+def post(url: str, body: dict, key: str = "") -> dict:
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+    request = urllib.request.Request(url, json.dumps(body).encode(), headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        return json.load(response)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+def test_serving_and_stopping(start):
+    server = start()
+    url = server.url()
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+    answer = post(f"{url}/v1/chat/completions", {"messages": messages})
+    assert answer["choices"][0]["message"]["content"] == "17 + 25 = 42."
+    code, err = server.end()
+    assert code == 0
+    assert "Traceback" not in err
+    assert re.search(r"chat #1: prompt 33 \(0 cached\), reply 41, .*, stop", err)
+    assert "17 + 25" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+def test_stopping_a_reply_that_is_under_way(start, number):
+    server = start("--api-key", "k")
+    url = server.url()
+    ended = []
+
+    def ask() -> None:
+        body = {"messages": [{"role": "user", "content": "Hi"}], "temperature": 4.0,
+                "logit_bias": {str(i): -100 for i in range(1024, 1040)}}  # fmt: skip
+        try:
+            ended.append(post(f"{url}/v1/chat/completions", body, "k"))
+        except (OSError, urllib.error.HTTPError) as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.3)
+    began = time.monotonic()
+    code, err = server.end(getattr(signal, number))
+    thread.join(30)
+    assert len(ended) == 1 and time.monotonic() - began < 20
+    assert code in (0, -signal.SIGTERM) and "Traceback" not in err
+
+
+def test_a_busy_port(capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main(["serve", "--port", str(port)]) == 2
+    err = capsys.readouterr().err
+    assert f"error: port {port} of 127.0.0.1 is in use" in err and "--port" in err
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "text"),
+    [
+        (["--host", "0.0.0.0"], 2, "no API key"),
+        (["--host", "::"], 2, "no API key"),
+        (["--host", "no.such.host.invalid", "--api-key", "k"], 2, "--host no.such.host.invalid"),
+        (["--host", "192.0.2.1", "--api-key", "k", "--port", "0"], 2, "cannot listen"),
+        (["--api-key", "pässword"], 2, "ASCII"),
+        (["--model", "/no/such/folder"], 2, "names no folder"),
+        (["--port", "70000"], 2, "70000"),
+        (["--queue", "0"], 2, "0"),
+    ],
+)
+def test_what_is_wrong_is_told_in_one_line(capsys, args, code, text):
+    assert main(["serve", *args]) == code
+    err = capsys.readouterr().err
+    assert text in err and "error: " in err and "Traceback" not in err
+
+
+def test_a_damaged_model_ends_the_server(start, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    server = start("--model", str(tmp_path))
+    server.process.wait(60)
+    code, err = server.end()
+    assert code == 1 and err.count("error: ") == 1 and "Traceback" not in err
+
+
+def test_the_missing_extra():
+    code = (
+        "import sys; sys.modules['starlette'] = None\n"
+        "from kimi_cpu.cli.main import main; sys.exit(main(['serve']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "starlette" in done.stderr and "pip install 'kimi-cpu[server]'" in done.stderr

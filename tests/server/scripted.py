@@ -1,0 +1,159 @@
+"""A model that says what a script tells it, behind the engine's interface.
+
+What comes next depends on the timeline alone, as with a real model: the reply to the last
+generation prompt, continued where the timeline is a beginning of it.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from kimi_cpu.chat.template import TEMPLATE_FILE, ChatTemplate
+from kimi_cpu.cli.common import embedded_model
+from kimi_cpu.errors import ContextError
+from kimi_cpu.sampling import SamplingParams
+from kimi_cpu.server.settings import ServedModel
+from kimi_cpu.tokenizer import Tokenizer
+from tests.cli import fake
+
+LAYERS = 4
+
+
+class ScriptedEngine:
+    """Makes sessions, and counts what they compute.
+
+    computed: tokens, of prompts and replies. layers: of prompts, run so far.
+    broken: raised by the next step. gate: cleared, it holds prompts after a layer.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        script: Callable[[str], str],
+        *,
+        context: int = 100_000,
+        layer_s: float = 0.0,
+        step_s: float = 0.0,
+    ) -> None:
+        self.config = SimpleNamespace(max_position_embeddings=context, eos_token_ids=())
+        self.tokenizer, self.script = tokenizer, script
+        self.layer_s, self.step_s = layer_s, step_s
+        self.computed = 0
+        self.layers = 0
+        self.sessions = 0
+        self.closed = False
+        self.broken: BaseException | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def session(self) -> ScriptedSession:
+        self.sessions += 1
+        return ScriptedSession(self)
+
+    def step(self, sessions, tokens) -> np.ndarray:
+        if self.broken is not None and len(sessions) > 1:
+            raise self.broken  # which of them it was shows one by one
+        return np.stack([s.step(token) for s, token in zip(sessions, tokens, strict=True)])
+
+    def close(self) -> None:
+        self.closed = True
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        tokenizer = self.tokenizer
+        logits = np.full(tokenizer.n_vocab, -50, np.float32)
+        begin = tokenizer.special_tokens["<|im_assistant|>"]
+        middle = tokenizer.special_tokens["<|im_middle|>"]
+        if begin not in ids:  # no conversation: nothing to say
+            logits[tokenizer.control("<|im_end|>")] = 50
+            return logits
+        turn = len(ids) - 1 - ids[::-1].index(begin)
+        start = next((i + 1 for i in range(turn, len(ids)) if ids[i] == middle), len(ids))
+        if ids[start : start + 2] == fake.spelt(tokenizer, "<think></think>"):
+            start += 2
+        reply = fake.spelt(tokenizer, self.script(tokenizer.decode(ids[:start])))
+        said = ids[start:]
+        follows = reply[: len(said)] == said and len(said) < len(reply)
+        logits[reply[len(said)] if follows else tokenizer.control("<|im_end|>")] = 50
+        return logits
+
+
+class ScriptedSession:
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self._engine = engine
+        self.ids: list[int] = []
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(self.ids)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def remaining(self) -> int:
+        return self._engine.config.max_position_embeddings - len(self.ids)
+
+    @property
+    def cache_bytes(self) -> int:
+        return 100 * len(self.ids)
+
+    def common_prefix(self, ids) -> int:
+        n = 0
+        while n < min(len(ids), len(self.ids)) and ids[n] == self.ids[n]:
+            n += 1
+        return n
+
+    def sync(self, ids, progress=None) -> np.ndarray:
+        keep = min(self.common_prefix(ids), len(ids) - 1)
+        del self.ids[keep:]
+        self._append(ids[keep:], progress)
+        return self._engine.logits(self.ids)
+
+    def extend(self, ids, progress=None) -> np.ndarray:
+        before = len(self.ids)
+        self._append(ids, progress)
+        rows = range(before + 1, len(self.ids) + 1)
+        return np.stack([self._engine.logits(self.ids[:n]) for n in rows])
+
+    def step(self, token: int) -> np.ndarray:
+        engine = self._engine
+        if engine.broken is not None:
+            error, engine.broken = engine.broken, None
+            raise error
+        if engine.step_s:
+            time.sleep(engine.step_s)
+        self._append([token], None)
+        return engine.logits(self.ids)
+
+    def _append(self, ids, progress) -> None:
+        engine = self._engine
+        if len(self.ids) + len(ids) > engine.config.max_position_embeddings:
+            raise ContextError("the context is full")
+        for layer in range(LAYERS if progress is not None else 0):
+            if engine.layer_s:
+                time.sleep(engine.layer_s)
+            engine.layers += 1
+            engine.gate.wait(20)
+            progress(len(ids) * (layer + 1) // LAYERS, len(ids))
+        self.ids.extend(ids)
+        engine.computed += len(ids)
+
+
+def scripted_model(folder: Path, script: Callable[[str], str] = fake.script, **kw) -> ServedModel:
+    """A model of single-byte tokens that says what `script` gives for the prompt.
+
+    Its template is the nano model's, which keeps reasoning as Kimi's does.
+    """
+    fake.write_folder(folder)
+    shutil.copy(embedded_model() / TEMPLATE_FILE, folder)
+    tokenizer = Tokenizer.load(folder)
+    engine = ScriptedEngine(tokenizer, script, **kw)
+    defaults = SamplingParams(temperature=0)
+    return ServedModel("scripted", engine, tokenizer, ChatTemplate.load(folder), defaults)  # type: ignore[arg-type]
