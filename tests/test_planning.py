@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -13,9 +14,10 @@ from hypothesis import strategies as st
 
 from kimi_cpu.errors import UsageError
 from kimi_cpu.planning import machine as measuring
+from kimi_cpu.planning import plan as planning
 from kimi_cpu.planning import routing
 from kimi_cpu.planning.advice import advise
-from kimi_cpu.planning.machine import GEMM_TOKENS, Machine, measure_machine, probe_folder
+from kimi_cpu.planning.machine import GEMM_TOKENS, Machine, Meter, probe_folder
 from kimi_cpu.planning.plan import default_sizes, make_plan, subject_of
 from kimi_cpu.planning.predict import OTHER, predict
 from kimi_cpu.planning.shape import (
@@ -42,7 +44,7 @@ def machine(dram: float = 40e9, disk: float | None = 2e9, gemm: float = 400e9) -
     return Machine(
         cpu="test", variant="test", threads=2, ram_bytes=64 << 30, available_bytes=32 << 30,
         dram=dram, dram_range=(dram, dram), gemv=dict.fromkeys(KINDS, dram),
-        gemm=dict.fromkeys(KINDS, (gemm,) * len(GEMM_TOKENS)), disk=disk, disk_source="given",
+        gemm=dict.fromkeys(KINDS, (gemm,) * len(GEMM_TOKENS)), disk=disk,
     )  # fmt: skip
 
 
@@ -268,24 +270,31 @@ def test_a_disk_that_is_needed_must_be_known(k2) -> None:
 def small(monkeypatch) -> None:
     """Measuring as ever, but on little memory: other tests run beside it."""
     monkeypatch.setattr(measuring, "_KIND_BYTES", 48 << 20)
-    monkeypatch.setattr(measuring, "_ROUNDS", 2)
+    monkeypatch.setattr(planning, "_TURNS", 1)
 
 
 def test_measuring_is_real(small) -> None:
-    """Rates within what any machine has; threads as asked; progress is told."""
-    said: list[str] = []
-    found = measure_machine(["float", "packed4"], said.append, threads=1)
+    """Rates within what any machine has; threads as asked; the middle of all turns."""
+    meter = Meter(["float", "packed4"], threads=1)
+    for _ in range(3):
+        meter.turn()
+    found = meter.machine()
     assert 1e8 < found.dram_range[0] <= found.dram < 1e12
     assert set(found.gemv) == set(found.gemm) == {"float", "packed4"}
     for rate in (*found.gemv.values(), *found.gemm["float"], *found.gemm["packed4"]):
         assert 1e7 < rate < 1e14
-    assert found.threads == 1 and found.disk is None and len(said) == 3
+    assert found.threads == 1 and found.disk is None and found.disk_speed is None
     low, high = (found.gemm_rate("packed4", n) for n in (1, 10**6))
     assert (low, high) == (found.gemm["packed4"][0], found.gemm["packed4"][-1])
+    between = found.gemm_rate("packed4", 16)
+    assert min(found.gemm["packed4"][:2]) <= between <= max(found.gemm["packed4"][:2])
 
 
 def test_a_folder_is_probed_and_left_as_it_was(tmp_path: Path) -> None:
     config = known_config("k2-thinking")
+    abandoned = tmp_path / ".kimi-cpu-probe-x"
+    abandoned.touch()
+    os.utime(abandoned, (0, 0))
     speed = probe_folder(tmp_path, config, 1 << 20)
     assert speed.ceiling > 1e6 and speed.expert_bytes == 1 << 20
     assert not list(tmp_path.iterdir())
@@ -310,7 +319,7 @@ def test_a_whole_plan_of_a_small_checkpoint(small, tmp_path: Path) -> None:
     assumed = routing.Even(subject.shapes[0].all_experts)
     plan = make_plan(subject, assumed, [1 << 29, 1 << 30], prompt_tokens=64)
     checkpoint.close()
-    assert plan.machine.disk and plan.machine.disk_source == "measured"
+    assert plan.machine.disk == plan.machine.disk_speed.ceiling
     for form in plan.forms:
         assert [row.memory_bytes for row in form.rows] == [1 << 29, 1 << 30]
         assert not form.rows[0].runs and form.rows[1].share == 1.0

@@ -78,7 +78,7 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
                 f"{size(speed.expert_bytes)} at random)"
             )
         elif speed is None:
-            measured += f" ({machine.disk_source})"
+            measured += " (given)"
     shape = plan.forms[0].shape
     trunks = [f"{size(f.shape.trunk_bytes)} {_form(f.shape)}" for f in plan.forms]
     model = f"trunk, which stays in memory: {', '.join(trunks)}"

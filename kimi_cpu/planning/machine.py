@@ -6,6 +6,7 @@ the plain readers beside them say what memory could deliver. Importing this impo
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import statistics
@@ -28,11 +29,8 @@ from kimi_cpu.kernels.bandwidth import DramReader
 from kimi_cpu.planning.shape import Kind
 from kimi_cpu.quant import U8, Int4Weight, PackedWeight, Weight, block_bytes, packed_shape
 from kimi_cpu.store.checkpoint import Checkpoint
-from kimi_cpu.store.experts.probe import DiskSpeed, measure
+from kimi_cpu.store.experts.probe import DiskSpeed, disk_speed, measure
 from kimi_cpu.store.extents import Extent
-
-#: Told what is being measured.
-Progress = Callable[[str], None]
 
 #: Rows and columns of the matrices that kernels are timed on: an expert's of Kimi K2.
 _ROWS, _COLUMNS = 2048, 7168
@@ -40,11 +38,12 @@ _ROWS, _COLUMNS = 2048, 7168
 _KIND_BYTES = 256 << 20
 #: Tokens at once for which products are timed.
 GEMM_TOKENS = (8, 32, 128)
-_ROUNDS = 5
 #: A bf16 scale of 2^-10.
 _SCALE = 0x3A80
 #: Bytes of the file that the disk is probed with where there is no checkpoint.
 _SCRATCH_BYTES = 1 << 30
+_SCRATCH_NAME = ".kimi-cpu-probe-"
+_ABANDONED_SECONDS = 600
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,7 @@ class Machine:
         gemv: bytes a second of one token's products, by kind of weight.
         gemm: operations a second of many tokens' products, by kind: a rate for each GEMM_TOKENS.
         disk: bytes a second of random reads of experts; None if not known.
-        disk_source: "measured" or "given".
-        disk_speed: what the probe said, if it was asked.
+        disk_speed: what the probe said; None if it was not asked (disk was given).
     """
 
     cpu: str
@@ -73,7 +71,6 @@ class Machine:
     gemv: dict[Kind, float]
     gemm: dict[Kind, tuple[float, ...]]
     disk: float | None
-    disk_source: str
     disk_speed: DiskSpeed | None = None
 
     def gemm_rate(self, kind: Kind, tokens: float) -> float:
@@ -82,47 +79,58 @@ class Machine:
         return float(np.interp(at, np.log2(GEMM_TOKENS), self.gemm[kind]))
 
 
-def measure_machine(
-    kinds: Sequence[Kind], progress: Progress = lambda text: None, *, threads: int | None = None
-) -> Machine:
-    """Everything but the disk; `kinds` are the weights to time."""
-    threads = threads or hardware.default_threads()
-    found = hardware.detect()
-    available = found.available_ram_bytes  # before we take some
-    progress("measuring memory ...")
-    kind_bytes = min(_KIND_BYTES, available // 64)
-    reader = DramReader(2 * kind_bytes)
-    work: dict[tuple[Kind, int], tuple[float, Callable[[], None]]] = {}
-    for kind in kinds:
-        weights = _weights(kind, kind_bytes)
-        for tokens in (1, *GEMM_TOKENS):
-            # Few matrices for many tokens: there it is arithmetic that takes the time.
-            used = weights if tokens == 1 else weights[: max(2, 128 // tokens)]
-            amount = (
-                float(sum(w.nbytes for w in used))
-                if tokens == 1
-                else 2.0 * tokens * _ROWS * _COLUMNS * len(used)
-            )
-            work[kind, tokens] = amount, _tape(used, tokens, threads)
-    passes: list[float] = []
-    samples: dict[tuple[Kind, int], list[float]] = {key: [] for key in work}
-    for number in range(_ROUNDS):
-        progress(f"measuring memory and arithmetic ... {number + 1}/{_ROUNDS}")
-        passes.append(max(reader.measure(threads).values()))
-        for key, (amount, run) in work.items():
+class Meter:
+    """Times memory and the kernels, in as many turns as one likes.
+
+    A machine is not the same all the time (others use it, virtual CPUs share a core for a while):
+    a few turns now and a few later say more than the same number at once.
+
+    Args:
+        kinds: the weights to time.
+        threads: that compute; by default as the engine does.
+    """
+
+    def __init__(self, kinds: Sequence[Kind], threads: int | None = None) -> None:
+        self._threads = threads or hardware.default_threads()
+        self._found = hardware.detect()  # before we take some of the memory
+        self._kinds = kinds
+        kind_bytes = min(_KIND_BYTES, self._found.available_ram_bytes // 64)
+        self._reader = DramReader(2 * kind_bytes)
+        #: (kind, tokens) -> amount of bytes or operations, and what does them.
+        self._work: dict[tuple[Kind, int], tuple[float, Callable[[], None]]] = {}
+        for kind in kinds:
+            weights = _weights(kind, kind_bytes)
+            for tokens in (1, *GEMM_TOKENS):
+                # Few matrices for many tokens: there it is arithmetic that takes the time.
+                used = weights if tokens == 1 else weights[: max(2, 128 // tokens)]
+                amount = 2.0 * tokens * _ROWS * _COLUMNS * len(used)
+                if tokens == 1:
+                    amount = float(sum(w.nbytes for w in used))
+                self._work[kind, tokens] = amount, _tape(used, tokens, self._threads)
+        self._passes: list[float] = []
+        self._samples: dict[tuple[Kind, int], list[float]] = {key: [] for key in self._work}
+
+    def turn(self) -> None:
+        """Everything once; takes about half a second."""
+        self._passes.append(max(self._reader.measure(self._threads).values()))
+        for key, (amount, run) in self._work.items():
             begin = time.perf_counter()
             run()
-            samples[key].append(amount / (time.perf_counter() - begin))
-    middle = {key: statistics.median(values) for key, values in samples.items()}
-    gemv = {kind: middle[kind, 1] for kind in kinds}
-    return Machine(
-        cpu=found.cpu, variant=isa.VARIANT, threads=threads, ram_bytes=found.ram_bytes,
-        available_bytes=available,
-        dram=max(statistics.median(passes), *gemv.values()),
-        dram_range=(min(passes), max(passes)), gemv=gemv,
-        gemm={kind: tuple(middle[kind, n] for n in GEMM_TOKENS) for kind in kinds},
-        disk=None, disk_source="",
-    )  # fmt: skip
+            self._samples[key].append(amount / (time.perf_counter() - begin))
+
+    def machine(self) -> Machine:
+        """The middle of all turns so far, at least one; without a disk."""
+        middle = {key: statistics.median(values) for key, values in self._samples.items()}
+        gemv = {kind: middle[kind, 1] for kind in self._kinds}
+        found, passes = self._found, self._passes
+        return Machine(
+            cpu=found.cpu, variant=isa.VARIANT, threads=self._threads, ram_bytes=found.ram_bytes,
+            available_bytes=found.available_ram_bytes,
+            dram=max(statistics.median(passes), *gemv.values()),
+            dram_range=(min(passes), max(passes)), gemv=gemv,
+            gemm={kind: tuple(middle[kind, n] for n in GEMM_TOKENS) for kind in self._kinds},
+            disk=None,
+        )  # fmt: skip
 
 
 def _weights(kind: Kind, n_bytes: int) -> list[Weight]:
@@ -167,8 +175,11 @@ def _tape(weights: Sequence[Weight], tokens: int, threads: int) -> Callable[[], 
 
 
 def probe_checkpoint(checkpoint: Checkpoint) -> DiskSpeed:
-    """How fast this disk reads the checkpoint's own experts now. Raises OSError."""
-    return measure(checkpoint)
+    """How fast this disk reads the checkpoint's own experts now. Raises OSError.
+
+    The engine goes by the result, too: it is kept.
+    """
+    return disk_speed(checkpoint, again=True)
 
 
 def probe_folder(folder: Path, config: ModelConfig, expert_bytes: int) -> DiskSpeed:
@@ -198,9 +209,13 @@ def _scratch(folder: Path, count: int, n_bytes: int) -> Iterator[Path]:
         raise UsageError(
             f"{folder}: {free / 1e9:.1f} GB are free, too few to measure the disk", hint
         )
+    for left in folder.glob(f"{_SCRATCH_NAME}*"):  # by a run that was killed
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
+                left.unlink()
     noise = memoryview(cast(Any, np.random.default_rng(0).integers(0, 256, n_bytes, np.uint8)))
     try:
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".kimi-cpu-probe-") as file:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=_SCRATCH_NAME) as file:
             for _ in range(count):
                 file.write(noise)
             file.flush()

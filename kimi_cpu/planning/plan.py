@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import UsageError
-from kimi_cpu.planning import machine as measuring
 from kimi_cpu.planning.advice import Advice, advise
-from kimi_cpu.planning.machine import Machine, Progress
+from kimi_cpu.planning.machine import (
+    GEMM_TOKENS,
+    Machine,
+    Meter,
+    probe_checkpoint,
+    probe_folder,
+)
 from kimi_cpu.planning.predict import Prediction, predict
 from kimi_cpu.planning.routing import Routing
 from kimi_cpu.planning.shape import Kind, Shape, shape_of_checkpoint, shape_of_config
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts.budget import default_memory
+from kimi_cpu.store.experts.probe import DiskSpeed
 
+#: Told what is being measured.
+Progress = Callable[[str], None]
+
+#: Turns of the meter at a time: before the disk is measured, after it, and in the end.
+_TURNS = 2
 #: Most rows of a table that nobody asked for.
 _MOST_SIZES = 8
 
@@ -85,7 +96,7 @@ class Plan:
         """Plain JSON values: sizes in bytes, rates a second."""
         machine = asdict(self.machine)
         machine["gemm"] = {
-            kind: dict(zip(map(str, measuring.GEMM_TOKENS), rates, strict=True))
+            kind: dict(zip(map(str, GEMM_TOKENS), rates, strict=True))
             for kind, rates in self.machine.gemm.items()
         }
         return {
@@ -145,14 +156,30 @@ def make_plan(
     Raises UsageError (the disk cannot be measured).
     """
     memory = default_memory()  # before measuring takes some
-    machine = measure(subject, disk, progress)
-    if any(shape.n_moe_layers for shape in subject.shapes):
-        progress("replaying choices of experts ...")
+    chosen = list(sizes) or default_sizes(subject.shapes)
+    kinds: set[Kind] = {"float"}
+    for shape in subject.shapes:
+        kinds |= {*shape.trunk_kinds, shape.expert_kind}
+    progress("measuring memory ...")
+    meter = Meter(sorted(kinds))
+    _turns(meter, progress)
+    speed = None
+    if disk is None and subject.shapes[0].n_moe_layers:
+        progress("measuring the disk ...")
+        speed = _probe(subject)
+        disk = speed.ceiling
+    _turns(meter, progress)
+    progress("replaying choices of experts ...")
+    for shape in subject.shapes:  # remembered by `routing`
+        for n_bytes in (memory, *chosen):
+            if (slots := shape.budget(n_bytes).slots(prompt_tokens * shape.latent_bytes)) > 0:
+                routing.hit_rate(slots)
+    _turns(meter, progress)
+    machine = replace(meter.machine(), disk=disk, disk_speed=speed)
 
     def rate(shape: Shape, on: Machine, n_bytes: int) -> Prediction:
         return predict(shape, on, routing, n_bytes, prompt_tokens, prompt_tokens)
 
-    chosen = list(sizes) or default_sizes(subject.shapes)
     forms = [
         FormPlan(
             shape=shape,
@@ -165,32 +192,24 @@ def make_plan(
     return Plan(subject, machine, routing, memory, prompt_tokens, forms)
 
 
-def measure(
-    subject: Subject, disk: float | None = None, progress: Progress = lambda text: None
-) -> Machine:
-    """The machine with its disk, timed with the kinds of weights that the subject has."""
-    kinds: set[Kind] = {"float"}
-    for shape in subject.shapes:
-        kinds |= {*shape.trunk_kinds, shape.expert_kind}
-    machine = measuring.measure_machine(sorted(kinds), progress)
-    if disk is not None:
-        return replace(machine, disk=disk, disk_source="given")
-    if not subject.shapes[0].n_moe_layers:
-        return machine
-    progress("measuring the disk ...")
+def _turns(meter: Meter, progress: Progress) -> None:
+    progress("measuring memory and arithmetic ...")
+    for _ in range(_TURNS):
+        meter.turn()
+
+
+def _probe(subject: Subject) -> DiskSpeed:
+    """How fast the subject's disk is. Raises UsageError."""
     if subject.checkpoint is None:
-        speed = measuring.probe_folder(
-            subject.folder, subject.config, subject.shapes[0].expert_bytes
-        )
-    else:
-        try:
-            speed = measuring.probe_checkpoint(subject.checkpoint)
-        except OSError as exc:
-            raise UsageError(
-                f"{subject.folder}: the disk cannot be measured ({exc.strerror or exc})",
-                "Say its speed: --disk 3.5 (GB/s)",
-            ) from None
-    return replace(machine, disk=speed.ceiling, disk_source="measured", disk_speed=speed)
+        expert_bytes = subject.shapes[0].expert_bytes
+        return probe_folder(subject.folder, subject.config, expert_bytes)
+    try:
+        return probe_checkpoint(subject.checkpoint)
+    except OSError as exc:
+        raise UsageError(
+            f"{subject.folder}: the disk cannot be measured ({exc.strerror or exc})",
+            "Say its speed: --disk 3.5 (GB/s)",
+        ) from None
 
 
 def default_sizes(shapes: Sequence[Shape]) -> list[int]:
