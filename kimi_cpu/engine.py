@@ -110,6 +110,16 @@ class Engine:
         )  # fmt: skip
         return cls(checkpoint, model)
 
+    @property
+    def folder(self) -> Path:
+        """Where the checkpoint lies."""
+        return self._checkpoint.folder
+
+    @property
+    def kernels_name(self) -> str:
+        """The instruction set of the kernels, on which last bits may depend."""
+        return str(getattr(self._model.kernels, "VARIANT", "reference"))
+
     def session(self) -> Session:
         """A new, empty timeline."""
         return Session(self._model)

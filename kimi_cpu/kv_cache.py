@@ -52,6 +52,24 @@ class Block:
         k_pe = layers[:, border:].reshape(pool.layers, BLOCK_TOKENS, pool.rope_dim)
         return c_kv[:, :n_rows], k_pe[:, :n_rows]
 
+    def dump(self, n_rows: int) -> U8:
+        """Bytes of the first rows: for each layer c_kv [n_rows, R] and then k_pe [n_rows, P].
+
+        A view of the memory, as it is, if they are all.
+        """
+        if n_rows == BLOCK_TOKENS:
+            return self.memory
+        rows = [part.reshape(self.pool.layers, -1) for part in self.parts(n_rows)]
+        return np.concatenate(rows, axis=1).view(np.uint8).ravel()
+
+    def fill(self, data: U8, n_rows: int) -> None:
+        """Take over what `dump` gave."""
+        layers = data.view(np.float32).reshape(self.pool.layers, -1)
+        border = n_rows * self.pool.rank
+        c_kv, k_pe = self.parts(n_rows)
+        c_kv[:] = layers[:, :border].reshape(c_kv.shape)
+        k_pe[:] = layers[:, border:].reshape(k_pe.shape)
+
 
 class BlockPool:
     """The blocks of one model: hands them out and counts who uses them.
@@ -163,6 +181,11 @@ class LatentCache:
         """Those of `nbytes` that other timelines list as well."""
         return sum(block.users > 1 for block in self._blocks) * self.pool.block_bytes
 
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Where the rows lie."""
+        return tuple(self._blocks)
+
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more rows, in blocks that nobody else reads.
 
@@ -236,13 +259,20 @@ class LatentCache:
         """Become a branch of `other`; if that has another pool (of the same shape), by copying."""
         length = other.length if length is None else length
         blocks = other._blocks[: -(-length // BLOCK_TOKENS)]
-        if other.pool is self.pool:
-            self.pool.share(blocks)
-        else:
-            blocks = [
+        if other.pool is not self.pool:
+            copies = [
                 self._copy(block, min(length - i * BLOCK_TOKENS, BLOCK_TOKENS))
                 for i, block in enumerate(blocks)
             ]
+            self.consist_of(copies, length)
+            self.pool.drop(copies)
+        else:
+            self.consist_of(blocks, length)
+
+    def consist_of(self, blocks: Sequence[Block], length: int) -> None:
+        """Become the first `length` rows in these blocks of the own pool, sharing them."""
+        assert -(-length // BLOCK_TOKENS) == len(blocks)
+        self.pool.share(blocks)
         self.truncate(0)
         for block in blocks:
             self._list(block)

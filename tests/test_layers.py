@@ -25,6 +25,7 @@ LAYERS = [
     ("sampling", 2),
     ("tokenizer", 2),
     ("engine", 3),
+    ("prefixes", 3),
     ("chat", 3),
     ("benchmark", 3),
     ("planning", 3),
@@ -37,6 +38,7 @@ LAYERS = [
 FORBIDDEN = [
     ("engine", "tokenizer"),
     ("engine", "chat"),
+    ("engine", "prefixes"),
     ("store", "kernels"),
     ("kernels", "store"),
 ]
