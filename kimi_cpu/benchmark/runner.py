@@ -349,6 +349,7 @@ class Bench:
         """Unmap the weights and drop them from the page cache."""
         self._experts.close()
         self._checkpoint.close()
+        del self._experts, self._checkpoint  # views on the files would keep them mapped
         gc.collect()
         pagecache.drop(self._files)
         left = pagecache.cached_fraction(self._files)
