@@ -233,7 +233,7 @@ def test_cold_lets_go_of_the_files(tiny):
     bench = make_bench(tiny, cold=True, repetitions=1, profile=True)
     list(bench.run([Test(3, 2)], [1]))
     bench._forget()
-    weights = [name for name in os.listdir(tiny) if name.endswith(".safetensors")]
+    weights = [path.name for path in Path(tiny).glob("*.safetensors")]
     maps = Path("/proc/self/maps").read_text()
     # the checkpoint is open again; only that map may be there
     assert weights and all(maps.count(str(tiny / name)) <= 1 for name in weights)
