@@ -24,14 +24,17 @@ from bench.peak import on_all_cores
 from kimi_cpu import hardware
 from kimi_cpu.kernels import fast, isa
 from kimi_cpu.kernels.bandwidth import READERS, DramReader
-from kimi_cpu.kernels.common import ExpertTable
+from kimi_cpu.kernels.common import ExpertTable, Precision
 from kimi_cpu.quant import Int4Weight, PackedWeight, Weight, block_bytes, packed_shape
 
 HIDDEN, WIDTH, N_EXPERTS = 7168, 2048, 48
+#: Of the products of several tokens.
+TOKENS = (2, 4, 8, 16, 64, 256)
 #: Does something once, on all threads: amount a second.
 Work = Callable[[], float]
 #: A bf16 scale of 2^-10.
 _SCALE = 0x3A80
+PRECISIONS: tuple[Precision, ...] = ("fast", "exact")
 _SHAPES = ((WIDTH, HIDDEN), (WIDTH, HIDDEN), (HIDDEN, WIDTH))
 
 
@@ -60,7 +63,7 @@ class Bench:
         self.bf16 = [part.reshape(WIDTH, HIDDEN) for part in np.split(bits, n // 3)]
         self.x = {
             (m, d): self.rng.standard_normal((m, d), dtype=np.float32)
-            for m in (1, 8, 16, 64, 256)
+            for m in (1, *TOKENS)
             for d in (HIDDEN, WIDTH)
         }
 
@@ -82,10 +85,10 @@ class Bench:
             sum(w.nbytes for w in chosen) / 1e9,
         )
 
-    def gemv_f32(self, weights: Sequence[Weight]) -> Work:
+    def dense_gemv(self, weights: Sequence[Weight], precision: Precision) -> Work:
         x = self.x[1, HIDDEN]
         return self.tape(
-            lambda: [fast.linear(x, w, self.threads) for w in weights],
+            lambda: [fast.project(x, w, precision, self.threads) for w in weights],
             sum(w.nbytes for w in weights) / 1e9,
         )
 
@@ -108,10 +111,10 @@ class Bench:
             len(chosen) * 2e-9 * m * HIDDEN * WIDTH,
         )
 
-    def gemm_bf16(self, m: int) -> Work:
-        x, weights = self.x[m, HIDDEN], self.bf16[:4]
+    def gemm_bf16(self, m: int, precision: Precision) -> Work:
+        x, weights = self.x[m, HIDDEN], self.bf16[: max(4, 48 // m)]
         return self.tape(
-            lambda: [fast.linear(x, w, self.threads) for w in weights],
+            lambda: [fast.project(x, w, precision, self.threads) for w in weights],
             len(weights) * 2e-9 * m * HIDDEN * WIDTH,
         )
 
@@ -138,12 +141,15 @@ class Bench:
                 found[f"{name} GEMV {shape}"] = "GB/s", self.gemv(weights, bool(down))
             if name != "int8 packed":
                 found[f"{name} moe, 1 token"] = "GB/s", self.moe(weights)
-            for m in (8, 16, 64, 256):
+            for m in TOKENS:
                 found[f"{name} GEMM M={m}"] = "GOP/s", self.gemm(weights, m)
-        found["bf16 GEMV 2048x7168"] = "GB/s", self.gemv_f32(self.bf16)
-        found["INT4 packed x float32 GEMV"] = "GB/s", self.gemv_f32(self.packed4[:48:3])
-        found["INT4 published x float32 GEMV"] = "GB/s", self.gemv_f32(self.published[:48:3])
-        found["bf16 GEMM M=64"] = "GFLOP/s", self.gemm_bf16(64)
+        for precision in PRECISIONS:
+            name = f"bf16 {precision}"
+            found[f"{name} GEMV 2048x7168"] = "GB/s", self.dense_gemv(self.bf16, precision)
+            for m in TOKENS:
+                found[f"{name} GEMM M={m}"] = "GFLOP/s", self.gemm_bf16(m, precision)
+        for name, weights in ("INT4 packed", self.packed4), ("INT4 published", self.published):
+            found[f"{name} x float32 GEMV"] = "GB/s", self.dense_gemv(weights[:48:3], "exact")
         return found
 
 

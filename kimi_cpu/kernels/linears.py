@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from kimi_cpu.kernels.attention_tile import HAS_BF16_DOT
+from kimi_cpu.kernels.bf16 import round_rows, rounded_bytes
 from kimi_cpu.kernels.common import (
     I64,
+    KIND_BF16,
     Q8,
     WITH_Q8,
     Precision,
@@ -110,14 +113,14 @@ def linear(x: F32, w: Weight, threads: int = 1) -> F32:
     return out
 
 
-def quantize_activations(x: F32) -> PackedQ8:
+def quantize_activations(x: F32, threads: int = 1) -> PackedQ8:
     """As `reference.quantize_activations`: x [T, D], D a multiple of 32."""
     check(x, None, None)
     n, d = x.shape
     if d % GROUP_SIZE:
         raise ValueError(f"{d} activations are not whole groups of {GROUP_SIZE}")
     data = packed_buffer(n, d)
-    run(pack_rows, (address(x), d, address(data)), (x, data), n)
+    run(pack_rows, (address(x), d, address(data)), (x, data), n, 1, threads, x.nbytes)
     return PackedQ8(data, (n, d))
 
 
@@ -137,10 +140,34 @@ def linear_q8(xq: PackedQ8, w: Int4Weight | PackedWeight, threads: int = 1) -> F
     return out
 
 
+def linear_bf16(x: F32, w: Weight, threads: int = 1) -> F32:
+    """As `reference.linear_bf16`: x [T, D], rounded to bf16, times bf16 w [O, D] -> [T, O].
+
+    Only where HAS_BF16_DOT.
+    """
+    rows, d = w.shape
+    check(x, None, d)
+    n = len(x)
+    values, _ = weight_addresses(w)
+    rounded, out = empty((n, rounded_bytes(d)), np.uint8), empty((n, rows))
+    run(round_rows, (address(x), d, address(rounded)), (x, rounded), n, 1, threads, x.nbytes)
+    args = (
+        KIND_BF16 + WITH_Q8, address(rounded), rounded_bytes(d), 0, iota_address(n), n,
+        address(out), rows * 4, 0, values, 0, 0, rows, d,
+    )  # fmt: skip
+    run(matmul_range, args, (rounded, w, out), rows, ROW_GRAIN, threads, w.nbytes * (1 + n // 8))
+    return out
+
+
 def project(x: F32, w: Weight, precision: Precision, threads: int = 1) -> F32:
-    """As `reference.project`: x [T, D], w [O, D] of any kind -> [T, O]."""
+    """As `reference.project`: x [T, D], w [O, D] of any kind -> [T, O].
+
+    "fast" also rounds the activations of bf16 weights to bf16, where the machine multiplies those.
+    """
     if precision == "fast" and isinstance(w, Int4Weight | PackedWeight):
-        return linear_q8(quantize_activations(x), w, threads)
+        return linear_q8(quantize_activations(x, threads), w, threads)
+    if precision == "fast" and HAS_BF16_DOT and weight_kind(w) == KIND_BF16:
+        return linear_bf16(x, w, threads)
     return linear(x, w, threads)
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from numba.core import types
 
+from kimi_cpu.kernels.bf16 import bf16_rows
 from kimi_cpu.kernels.common import (
     KIND_BF16,
     KIND_F32,
@@ -100,6 +101,9 @@ def dot_rows(  # type: ignore[no-untyped-def]
 
     For packed weights start is a multiple of 16.
     """
+    if kind == KIND_BF16 + WITH_Q8:
+        bf16_rows(x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop)
+        return
     n, is_q8 = p_stop - p_start, kind >= WITH_Q8
     stored = kind - WITH_Q8 if is_q8 else kind
     if is_q8 and n >= GEMM_TOKENS:

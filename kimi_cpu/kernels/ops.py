@@ -10,6 +10,7 @@ from kimi_cpu.kernels.attention import (
     prefill_range,
 )
 from kimi_cpu.kernels.attention_absorb import absorb_q_range
+from kimi_cpu.kernels.bf16 import round_rows
 from kimi_cpu.kernels.int4 import pack_rows
 from kimi_cpu.kernels.matmul import matmul_range
 from kimi_cpu.kernels.moe import (
@@ -95,6 +96,11 @@ def absorb_q(args, start, stop):  # type: ignore[no-untyped-def]
 def pack(args, start, stop):  # type: ignore[no-untyped-def]
     x, d, out = load_args(args, 3)
     pack_rows(x, d, out, start, stop, 0, d)
+
+
+@op_of(round_rows)
+def round_bf16(args, start, stop):  # type: ignore[no-untyped-def]
+    round_rows(*load_args(args, 3), start, stop)
 
 
 @op_of(rmsnorm_rows)

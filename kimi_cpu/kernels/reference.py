@@ -20,6 +20,7 @@ from kimi_cpu.quant import (
     PackedWeight,
     Weight,
     as_f32,
+    bf16_to_f32,
     dequantize,
     f32_to_bf16,
 )
@@ -33,7 +34,7 @@ def linear(x: F32, w: Weight, threads: int = 1) -> F32:
     return x @ dequantize(w).T
 
 
-def quantize_activations(x: F32) -> Q8:
+def quantize_activations(x: F32, threads: int = 1) -> Q8:
     """x [T, D] (D a multiple of 32) -> int8 groups of 32, scale = max |x| / 127, ties to even."""
     groups = x.reshape(x.shape[0], x.shape[1] // GROUP_SIZE, GROUP_SIZE)
     largest = np.abs(groups).max(axis=2)
@@ -48,6 +49,11 @@ def linear_q8(xq: Q8, w: Int4Weight | PackedWeight, threads: int = 1) -> F32:
     Integer products are summed exactly inside a group, then scaled and added in float32.
     """
     return (xq.q * np.repeat(xq.scale, GROUP_SIZE, axis=1)) @ dequantize(w).T
+
+
+def linear_bf16(x: F32, w: U16, threads: int = 1) -> F32:
+    """x [T, D], rounded to bf16, times bf16 w [O, D] transposed -> [T, O]; float32 sums."""
+    return linear(bf16_to_f32(f32_to_bf16(x)), w)
 
 
 def silu_mul(gate: F32, up: F32) -> F32:

@@ -8,11 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kimi_cpu.kernels import fast, reference
+from kimi_cpu.kernels.attention_tile import HAS_BF16_DOT
+from kimi_cpu.kernels.linears import linear_bf16
 from kimi_cpu.kernels.matmul import GEMM_TOKENS
 from kimi_cpu.quant import (
     GROUP_SIZE,
     Int4Weight,
     Int8Weight,
+    bf16_to_f32,
     dequantize,
     f32_to_bf16,
     pack,
@@ -37,6 +40,25 @@ GROUPED = [(1, 32, 1), (1, 32, 7), (2, 64, 8), (1, 96, 9), (3, 128, 33), (1, 480
 def test_dense(inputs, close, kind, n, d, rows):
     x, w = inputs.f32(n, d), inputs.weight(kind, rows, d)
     close(fast.linear(x, w), reference.linear(x, w))
+
+
+@pytest.mark.skipif(not HAS_BF16_DOT, reason="this code has no bf16 dot products")
+@pytest.mark.parametrize(("n", "d", "rows"), [
+    *SHAPES, (1, 1024, 9), (2, 1055, 8), (4, 1057, 33), (17, 2049, 66), (70, 3104, 5),
+    (135, 40, 130),
+])  # fmt: skip
+def test_rounded_to_bf16(inputs, close, n, d, rows):
+    x, w = inputs.f32(n, d), inputs.weight("bf16", rows, d)
+    close(linear_bf16(x, w), reference.linear_bf16(x, w))
+
+
+@pytest.mark.skipif(not HAS_BF16_DOT, reason="this code has no bf16 dot products")
+def test_rounding_to_bf16_is_to_even_and_keeps_infinities():
+    """Against a matrix that shows each activation: ties, overflow to infinity, signed zero."""
+    x = np.array([[1 + 2**-8, 1 + 3 * 2**-8, -1 - 2**-8, 3.4e38, -3.4e38, -0.0]], np.float32)
+    one = f32_to_bf16(np.ones((1, 1), np.float32))
+    got = np.array([linear_bf16(np.ascontiguousarray(x[:, i : i + 1]), one) for i in range(6)])
+    np.testing.assert_array_equal(got.ravel(), bf16_to_f32(f32_to_bf16(x)).ravel())
 
 
 @pytest.mark.parametrize(("n", "d", "rows"), GROUPED)
@@ -131,10 +153,12 @@ def test_zero_groups_give_zero(inputs, close):
 
 
 #: Numbers of tokens on both sides of every tile's and kernel's border.
-COUNTS = (*range(2, 18), GEMM_TOKENS - 1, GEMM_TOKENS, GEMM_TOKENS + 1, 2 * GEMM_TOKENS + 3)
+COUNTS = (*range(2, 18), GEMM_TOKENS - 1, GEMM_TOKENS, GEMM_TOKENS + 1, 67)
 
 
-@pytest.mark.parametrize(("d", "rows"), [(32, 1), (96, 16), (160, 70), (544, 33), (1120, 37)])
+@pytest.mark.parametrize(
+    ("d", "rows"), [(32, 1), (96, 16), (160, 70), (544, 33), (1120, 37), (2080, 67)]
+)
 @pytest.mark.parametrize("kind", ["f32", "bf16", "int4", "packed4", "packed8"])
 @pytest.mark.parametrize("precision", ["exact", "fast"])
 def test_a_token_does_not_see_its_neighbours(inputs, precision, kind, d, rows):

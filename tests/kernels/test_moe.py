@@ -45,7 +45,7 @@ def test_moe(inputs, close, precision, kinds, n, d, width, n_experts, top_k):
     if precision == "exact" or set(kinds) <= {"f32", "bf16"}:
         close(got, want)
     else:  # the intermediate is rounded to int8: a last-place difference may move one step
-        close(got, want, 2e-3)
+        close(got, want, 2e-3 if len(set(kinds)) == 1 else 5e-3)  # some, mixed, also to bf16
 
 
 @pytest.mark.parametrize("n", [1, 5])
