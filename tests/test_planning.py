@@ -114,7 +114,7 @@ def test_floors_add_up(k2) -> None:
     assert cold.disk_bytes == shape.token_expert_bytes and cold.bound == "disk"
     assert cold.limit_tps == pytest.approx(2e9 / 11.89e9, rel=0.01)
     read_s = 480 * shape.expert_bytes / 2e9
-    rest_s = (shape.trunk_bytes + 60 * shape.expert_bytes) / 40e9
+    rest_s = (shape.trunk_bytes + 480 * shape.expert_bytes) / 40e9
     assert 1 / cold.expected_tps == pytest.approx(read_s + (1 + OTHER) * rest_s, rel=0.01)
     warm = predict(shape, m, routing.Even(shape.all_experts), shape.whole_bytes + (1 << 20), 1)
     assert (warm.hit_rate, warm.disk_bytes, warm.bound, warm.share) == (1.0, 0, "memory", 1.0)

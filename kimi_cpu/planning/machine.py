@@ -165,7 +165,7 @@ def _tape(weights: Sequence[Weight], tokens: int, threads: int) -> Callable[[], 
             if isinstance(weight, Int4Weight | PackedWeight):
                 fast.linear_q8(quantised, weight, threads)
             else:
-                fast.linear(x, weight, threads)
+                fast.project(x, weight, "fast", threads)
     tape.play(threads)  # compiled and touched
 
     def run() -> None:

@@ -1,14 +1,9 @@
 """Rates and times of a model on a machine, from bytes, operations and hit rates.
 
 Decoding. The *limit* is what nothing can beat: the longer of reading a token's missing experts from
-the disk and reading all its weights from memory. What is *expected* is less: a layer's experts can
-only be asked for when its router has spoken, so the disk idles while attention is computed, and
-memory while the last expert comes in. Of a layer, with m of K experts missing,
-
-    trunk + max(m reads and then one expert, K experts),
-
-averaged over m, which is taken to be binomial. Loading ahead is not counted on, nor that the shared
-expert is computed while others are read.
+the disk and reading all its weights from memory. What is *expected* is their sum: a layer's experts
+can only be asked for when its router has spoken, and on two cores nothing of the reading was found
+to be hidden behind computing (bench/LOG.md). Loading ahead is not counted on.
 
 Norms, softmax, rotations and handing work over come on top, `OTHER` of the time of the products.
 
@@ -18,7 +13,6 @@ A prompt is one sweep: the longer of reading the experts that are not in memory 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
-from math import comb
 from typing import Any, Literal
 
 from kimi_cpu.planning.machine import Machine
@@ -136,17 +130,10 @@ def _token_s(shape: Shape, machine: Machine, hit_rate: float, context_tokens: in
     if not shape.n_moe_layers:
         return trunk_s
     expert_s = slower * shape.expert_bytes / machine.gemv[shape.expert_kind]
+    n = shape.n_moe_layers * shape.top_k
     if hit_rate >= 1:
-        return trunk_s + shape.n_moe_layers * shape.top_k * expert_s
-    read_s = shape.expert_bytes / _disk(machine)
-    layer_s = 0.0
-    for missing in range(shape.top_k + 1):
-        chance = comb(shape.top_k, missing) * (1 - hit_rate) ** missing
-        chance *= hit_rate ** (shape.top_k - missing)
-        # The last one to come in is computed when nothing is left to wait for.
-        waiting = missing * read_s + expert_s if missing else 0.0
-        layer_s += chance * max(waiting, shape.top_k * expert_s)
-    return trunk_s + shape.n_moe_layers * layer_s
+        return trunk_s + n * expert_s
+    return trunk_s + n * (expert_s + (1 - hit_rate) * shape.expert_bytes / _disk(machine))
 
 
 def _prompt(shape: Shape, machine: Machine, share: float, tokens: int) -> tuple[float, float]:
