@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jsonschema
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from kimi_cpu.chat.grammar import Constraint, DeadEndError, compiler, constrain
+from kimi_cpu.chat.generate import Reply, Result
+from kimi_cpu.chat.grammar import Constraint, DeadEndError, GrammarError, compiler, constrain
+from kimi_cpu.chat.grammar.patterns import adapted
 from kimi_cpu.chat.grammar.scan import MAX_DEPTH, JsonScan
-from kimi_cpu.chat.parser import StreamParser
+from kimi_cpu.chat.grammar.schema import prepare
+from kimi_cpu.chat.messages import normalise
+from kimi_cpu.chat.parser import StreamParser, starts_in_reasoning
+from kimi_cpu.chat.template import ChatTemplate, encode_segments
+from kimi_cpu.engine import Engine, Session
 from kimi_cpu.sampling import Sampler, SamplingParams
 from kimi_cpu.tokenizer import Tokenizer
 
+from .conftest import SHARED
+
+NANO = Path(__file__).resolve().parents[2] / "weights" / "nano"
 ENDS = ("<|im_end|>", "[EOS]")
 
 
@@ -312,9 +324,11 @@ def test_json_or_calls(tokenizer: Tokenizer) -> None:
     assert controls(tokenizer, constraint) == set()
     accept(tokenizer, constraint, "12")
     assert controls(tokenizer, constraint) == {begin, *ENDS} and constraint.may_stop
-    for before in ((), ("7",)):
+    for before in ((), ("7",), ("12",)):
         constraint = fresh()
-        accept(tokenizer, constraint, *before, begin, "<|tool_call_begin|>", "functions.clock:0")
+        accept(tokenizer, constraint, *before, begin)
+        assert constraint._scan.room is None  # the number has ended
+        accept(tokenizer, constraint, "<|tool_call_begin|>", "functions.clock:0")
         accept(tokenizer, constraint, "<|tool_call_argument_begin|>", "{}", "<|tool_call_end|>")
         accept(tokenizer, constraint, "<|tool_calls_section_end|>", "[EOS]")
 
@@ -333,6 +347,8 @@ def test_a_model_without_think_tokens_starts_with_the_content(tokenizer: Tokeniz
     assert {bare.token_bytes(i)[:1] for i in allowed(bare, constraint)} == {b"{"}
     accept(bare, constraint, "{}")
     assert controls(bare, constraint) == {"<|im_end|>"}
+    with pytest.raises(GrammarError, match="no tokens for calls"):
+        constrain(bare, tools=TOOLS)
 
 
 def test_the_configs_end_tokens_end_a_reply(tokenizer: Tokenizer) -> None:
@@ -446,3 +462,385 @@ def test_the_scan_sees_what_json_is(value: Any) -> None:
     assert deepest == depth(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     assert (scan.room is not None) == (is_number and value not in (float("inf"), -float("inf")))
+
+
+def requests() -> list[dict[str, Any]]:
+    path = SHARED / "tool_call_requests.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+
+
+@pytest.mark.skipif(not requests(), reason="the tool-call cases are not at hand")
+def test_calls_of_the_request_cases_on_the_real_vocabulary(kimi_tokenizer: Tokenizer) -> None:
+    """Random calls to every tool declared there: complete ones are valid and parse back."""
+    complete = 0
+    seen: set[str] = set()
+    for n, request in enumerate(requests()):
+        tools = request["tools"]
+        if (text := json.dumps(tools)) in seen:
+            continue
+        seen.add(text)
+        schemas = {t["function"]["name"]: t["function"]["parameters"] for t in tools}
+        choices: list[Any] = ["required"]
+        choices += [{"type": "function", "function": {"name": name}} for name in schemas]
+        for choice in choices:
+            constraint = constrain(
+                kimi_tokenizer, tools=tools, tool_choice=choice, next_call_index=n,
+                in_reasoning=False, parallel_tool_calls=False,
+            )  # fmt: skip
+            assert constraint is not None
+            ids, whole = run(kimi_tokenizer, constraint, n, limit=250, eager=8)
+            parser = parsed(kimi_tokenizer, ids, first=n)
+            for call in parser.calls:
+                if call.complete:
+                    complete += 1
+                    assert call.valid and call.id == f"functions.{call.name}:{n}"
+                    check_json(schemas[call.name], call.arguments)
+            assert not whole or [c.complete for c in parser.calls] == [True]
+    assert complete > len(seen)
+
+
+def test_the_real_vocabulary_has_control_tokens_apart(kimi_tokenizer: Tokenizer) -> None:
+    words = compiler.vocabulary(kimi_tokenizer)
+    assert words.text.size * 32 == kimi_tokenizer.n_vocab == 163_840
+    constraint = constrain(kimi_tokenizer, tools=TOOLS, in_reasoning=False)
+    assert constraint is not None
+    spelled = kimi_tokenizer.encode_text("<|tool_call_begin|><|im_end|>")
+    assert set(spelled) <= allowed(kimi_tokenizer, constraint)
+    accept(kimi_tokenizer, constraint, "好<|im_end|>", "<|tool_calls_section_begin|>")
+    accept(kimi_tokenizer, constraint, "<|tool_call_begin|>", "functions.天气:1:0")
+    accept(kimi_tokenizer, constraint, "<|tool_call_argument_begin|>")
+    ids, whole = run(kimi_tokenizer, constraint, 3, eager=9)
+    assert whole and kimi_tokenizer.control("<|tool_call_end|>") in ids
+
+
+# Hypothesis' own schemas: small, so that random text ends, and of all keywords together.
+NAMES = st.sampled_from(["a", "b", "é", 'x"y', "k/1", ""])
+SCALARS = st.none() | st.booleans() | st.integers(-50, 50) | st.sampled_from(["", "a", "bé", '"'])
+LEAVES = st.one_of(
+    st.just({}),
+    st.builds(lambda v: {"const": v}, SCALARS),
+    st.builds(lambda v: {"enum": v}, st.lists(SCALARS, min_size=1, max_size=4)),
+    st.builds(lambda a, n: {"type": "string", "minLength": a, "maxLength": a + n},
+              st.integers(0, 3), st.integers(0, 4)),
+    st.builds(lambda p: {"type": "string", "pattern": p}, st.sampled_from(
+        ["^a*$", "b", '^[^"]$', "^[^a-z]{1,3}$", "^(a|é|\\\\)+$", "^\\S+$", "\\W", "^[\\w.-]+$",
+         "^.{2}$", "^$", "^a|b$", "^\\n?x\\t*$"])),
+    st.builds(lambda kind, a, n, m: {"type": kind, "minimum": a, "maximum": a + n,
+                                     **({"multipleOf": m} if m else {})},
+              st.sampled_from(["integer", "number"]), st.integers(-20, 20), st.integers(0, 30),
+              st.sampled_from([None, None, 1, 0.5])),
+    st.builds(lambda kind, a: {"type": kind, "exclusiveMinimum": a, "exclusiveMaximum": a + 2},
+              st.sampled_from(["integer", "number"]), st.sampled_from([-1, 0, 0.25, 7.5])),
+)  # fmt: skip
+
+
+def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    objects = st.builds(
+        lambda properties, required, others: {
+            "type": "object", "properties": properties, "required": required,
+            "additionalProperties": others,
+        },
+        st.dictionaries(NAMES, inner, max_size=3), st.lists(NAMES, max_size=2, unique=True),
+        st.booleans() | inner,
+    )  # fmt: skip
+    arrays = st.builds(
+        lambda items, first, low, n: {
+            "type": "array", "items": items, "minItems": low, "maxItems": low + n,
+            **({"prefixItems": first} if first else {}),
+        },
+        inner, st.lists(inner, max_size=2), st.integers(0, 2), st.integers(0, 2),
+    )  # fmt: skip
+    combined = st.builds(
+        lambda key, options: {key: options},
+        st.sampled_from(["anyOf", "oneOf", "allOf"]), st.lists(inner, min_size=1, max_size=3),
+    )  # fmt: skip
+    merged = st.builds(lambda a, b: {**a, "anyOf": [b, a]}, inner, inner)
+    return objects | arrays | combined | merged
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(schema=st.recursive(LEAVES, _nested, max_leaves=8), seed=st.integers(0, 1000))
+def test_random_schemas(tokenizer: Tokenizer, schema: Any, seed: int) -> None:
+    """Refused by name, or enforced."""
+    jsonschema.Draft202012Validator.check_schema(schema)
+    try:
+        constraint = constrain(tokenizer, response_format=json_schema(schema), in_reasoning=False)
+    except GrammarError as error:
+        assert error.param.startswith("response_format") and "\n" not in error.message
+        return
+    assert constraint is not None
+    ids, whole = run(tokenizer, constraint, seed, limit=120, eager=6)
+    if whole:
+        check_json(schema, tokenizer.decode(ids))
+
+
+def nested(depth: int, wrap: Any, inner: Any = None) -> Any:
+    for _ in range(depth):
+        inner = wrap(inner if inner is not None else {})
+    return inner
+
+
+def many(n: int) -> dict[str, Any]:
+    return {f"p{i}": {"type": "string"} for i in range(n)}
+
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "uniqueItems": ({"properties": {"a": {"uniqueItems": True}}}, r"a: the keyword 'uniqueItems'"),
+    "not": ({"not": {"type": "string"}}, "the keyword 'not'"),
+    "if": ({"if": {}, "then": {}}, "the keyword 'if'"),
+    "contains": ({"items": {"contains": {}}}, "items: the keyword 'contains'"),
+    "names": ({"propertyNames": {"pattern": "a"}}, "the keyword 'propertyNames'"),
+    "overlap": ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
+    "minProperties": ({"minProperties": 3, "required": ["a"]}, "'minProperties' is supported up"),
+    "remote": ({"$ref": "http://localhost/x"}, r"\$ref: 'http://localhost/x' is no JSON pointer"),
+    "file": ({"items": {"$ref": "file:///etc/passwd"}}, "no JSON pointer within"),
+    "dangling": ({"$ref": "#/$defs/x"}, "does not exist"),
+    "loop": ({"$ref": "#"}, "nothing can be written"),
+    "false": (False, "[Uu]nsatisfiable"),
+    "contradiction": ({"type": "integer", "minimum": 3, "maximum": 2}, "[Uu]nsatisfiable"),
+    "no schema": ([1], "not a JSON schema"),
+    "no schema within": ({"properties": {"a": 3}}, "properties.a: is not a JSON schema"),
+    "type": ({"type": "strin"}, "'strin' is no type"),
+    "enum": ({"enum": []}, "enum: is empty"),
+    "count": ({"minItems": -1}, "minItems: is below 0"),
+    "huge count": ({"minItems": 10**9}, "minItems: is larger"),
+    "bound": ({"minimum": "3"}, "minimum: is not a number"),
+    "infinite": ({"maximum": float("inf")}, "maximum: is not a finite"),
+    "nan": ({"const": float("nan")}, "const: is not a finite"),
+    "large literal": ({"enum": [2**53 + 1]}, "too large for a literal"),
+    "large number": ({"const": 10**400}, "too large for a literal"),
+    "surrogate": ({"const": "\ud800"}, "surrogate"),
+    "control": ({"enum": ["a\x00"]}, "control character"),
+    "long": ({"const": "x" * 5000}, "longer than 4,096"),
+    "lookahead": ({"pattern": "^(?!a)"}, "pattern: lookaround"),
+    "sets": ({"pattern": "[a&&b]"}, "set operations"),
+    "no regex": ({"pattern": "("}, "regex parse error"),
+    "parens": ({"pattern": "(" * 999 + ")" * 999}, "regex|nest"),
+    "patterns": ({"allOf": [{"pattern": f"(a|b)*a(a|b){{{i}}}"} for i in range(15)]},
+                 "more than 8 patterns"),
+    "pattern chain": ({"$ref": "#/$defs/d0", "$defs": {f"d{i}": {
+        "pattern": f"(a|b)*a(a|b){{{i}}}", "$ref": f"#/$defs/d{i + 1}"} for i in range(15)}},
+        "more than 8 patterns"),
+    "deep": (nested(100, lambda x: {"items": x}), "deeper than 64"),
+    "deeper": (nested(50_000, lambda x: {"items": x}), "deeper than 64"),
+    "deep literal": ({"const": nested(50_000, lambda x: [x])}, "deeper than 64"),
+    "doubled": (nested(30, lambda x: {"anyOf": [x, {"items": x}]}), "more than 10,000 parts"),
+    "inlined": ({"$defs": {f"d{i}": {"oneOf": [{"$ref": f"#/$defs/d{i + 1}"},
+                 {"$ref": f"#/$defs/d{i + 2}"}]} for i in range(60)}}, "more than 10,000 parts"),
+    "product": ({"allOf": [{"anyOf": [{"properties": {f"p{i}{j}": {}}} for j in range(9)]}
+                           for i in range(9)]}, "too large"),
+    "wide": ({"properties": many(1001)}, "more than 1,000 members"),
+    "long enum": ({"enum": list(range(20_000))}, "more than 10,000 parts"),
+    "bytes": ({"enum": ["x" * 4000 + str(i) for i in range(70)]}, "larger than 256 KB"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_by_name_and_soon(tokenizer: Tokenizer, name: str) -> None:
+    schema, message = REFUSED[name]
+    compiler.vocabulary(tokenizer)
+    start = time.process_time()
+    with pytest.raises(GrammarError, match=message) as caught:
+        constrain(tokenizer, response_format=json_schema(schema))
+    assert time.process_time() - start < 2
+    assert caught.value.param.startswith("response_format.json_schema.schema")
+    assert "\n" not in caught.value.message and len(caught.value.message) < 500
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "string", "pattern": "^(([a-z]{1,100}){1,100}){1,100}$"},
+        {"type": "string", "pattern": "((a{1000}){1000}){1000}"},
+        {"type": "string", "pattern": ".*a.{40}"},
+        {"type": "string", "maxLength": 10**400},
+        {"type": "array", "minItems": 100_000, "maxItems": 10**9},
+        {"type": "object", "properties": many(1000)},
+        {"type": "object", "required": [f"p{i}" for i in range(1000)]},
+        {"type": "integer", "multipleOf": 99_991, "minimum": 3},
+        nested(60, lambda x: {"additionalProperties": x}),
+        nested(12, lambda x: {"type": "array", "prefixItems": [x, x], "minItems": 2}),
+    ],
+    ids=range(10),
+)
+def test_costly_schemas_stay_within_limits(tokenizer: Tokenizer, schema: Any) -> None:
+    """Refused, cut or enforced; in bounded time."""
+    compiler.vocabulary(tokenizer)
+    start = time.process_time()
+    try:
+        constraint = constrain(tokenizer, response_format=json_schema(schema), in_reasoning=False)
+    except GrammarError:
+        return
+    finally:
+        assert time.process_time() - start < 5
+    assert constraint is not None
+    ids, whole = run(tokenizer, constraint, 1, limit=100)
+    assert time.process_time() - start < 20
+    if whole:
+        check_json(schema, tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"),
+    [
+        ("tool_choice", {"tool_choice": "sometimes", "tools": TOOLS}),
+        ("tool_choice", {"tool_choice": "required"}),
+        ("tool_choice", {"tool_choice": {"type": "custom"}, "tools": TOOLS}),
+        ("tool_choice.function.name", {"tool_choice": {"type": "function", "function":
+         {"name": "other"}}, "tools": TOOLS}),
+        ("response_format.type", {"response_format": "json"}),
+        ("response_format.type", {"response_format": {"type": "xml"}}),
+        ("response_format.json_schema.schema", {"response_format": {"type": "json_schema"}}),
+        ("response_format.json_schema.schema", {"response_format": {"type": "json_schema",
+                                                "json_schema": {"name": "x"}}}),
+        ("tools[1].function.parameters", {"tools": [tool("a"), tool("b", {"type": "array"})]}),
+        ("tools[0].function.parameters.properties.x",
+         {"tools": [tool("a", {"properties": {"x": {"not": {}}}})]}),
+        ("tools", {"tools": [tool(f"t{i}") for i in range(600)]}),
+    ],
+)  # fmt: skip
+def test_errors_name_the_field(tokenizer: Tokenizer, field: str, fields: Any) -> None:
+    with pytest.raises(GrammarError) as caught:
+        constrain(tokenizer, **fields)
+    assert caught.value.param == field and caught.value.message.startswith(field)
+
+
+def test_what_is_not_strict_leaves_out_what_cannot_be_enforced(tokenizer: Tokenizer) -> None:
+    schema = {
+        "type": "object", "properties": {"a": {"type": "array", "items": {"type": "integer"},
+        "uniqueItems": True}, "b": {"type": "string", "pattern": "^(?=x)"},
+        "c": {"oneOf": [{"type": "integer"}, {"type": "number"}]}},
+        "additionalProperties": False,
+    }  # fmt: skip
+    for parameters, good, bad in (
+        (schema, '{"a": [1, 1],"b":"y","c":1}', '{"a":["x"]}'),
+        ({"properties": many(2000)}, '{"x":1}', "[1]"),
+    ):
+        with pytest.raises(GrammarError):
+            constrain(tokenizer, tools=[tool("f", parameters)])
+        lenient = [tool("f", parameters, strict=False)]
+        for text, fits in ((good, True), (bad, False)):
+            constraint = constrain(tokenizer, tools=lenient, in_reasoning=False)
+            assert constraint is not None
+            accept(tokenizer, constraint, "<|tool_calls_section_begin|>", "<|tool_call_begin|>")
+            accept(tokenizer, constraint, "functions.f:0", "<|tool_call_argument_begin|>")
+            if fits:
+                accept(tokenizer, constraint, text, "<|tool_call_end|>")
+            else:
+                with pytest.raises(AssertionError, match="stops at"):
+                    accept(tokenizer, constraint, text)
+
+
+def test_the_cache_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = compiler.Vocabulary(tokenizer)
+    monkeypatch.setattr(compiler, "CACHE_ENTRIES", 5)
+    for i in range(12):
+        words.json(prepare({"const": i}, "x"), "x")
+    assert len(words._cache) == 5 and words._cached_chars == sum(map(len, words._cache))
+    monkeypatch.setattr(compiler, "CACHE_CHARS", 300)
+    words.json(prepare({"const": "x" * 250}, "x"), "x")
+    assert len(words._cache) == 2 and words._cached_chars <= 300
+    words.json(prepare({"const": "x" * 900}, "x"), "x")
+    assert len(words._cache) == 0
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("^[a-z]+$", "^[a-z]+$"),
+        ('[^"]', '[^"\\x01]'),
+        ("[^\\]x]\\[^", "[^\\]x\\x01]\\[^"),
+        ("\\P{L}a", "[^\\p{L}\\x01]a"),
+        ("(?:a|b)(?<n>c)(?i)d", "(?:a|b)(?<n>c)(?i)d"),
+        ("a\\+\\++", "a\\+\\++"),
+        ("[^\\x00-\\x1f]", "[^\\x00-\\x1f\\x01]"), ("\\p{Han}", "\\p{Han}"),
+        ("\\x01", None), ("[\\x00-!]", None), ("\\u{1}", None), ("\x01", None),
+        ("\\p{Cc}", None), ("\\pC", None), ("[\\P{L}]", None),
+        ("(?x) a", None), ("(?s-i:a)", None), ("a++", None), ("a{2}+", None), ("[]a]", None),
+        ("[[:alpha:]]", None), ("[a--b]", None), ("[a~~b]", None), ("[a", None), ("a\\", None),
+    ],
+)  # fmt: skip
+def test_patterns(pattern: str, expected: str | None) -> None:
+    if expected is None:
+        with pytest.raises(ValueError, match="pattern"):
+            adapted(pattern)
+    else:
+        assert adapted(pattern) == expected
+
+
+@pytest.fixture(scope="module")
+def nano() -> Iterator[tuple[Session, Tokenizer, ChatTemplate]]:
+    engine = Engine.load(NANO, threads=1)
+    yield engine.session(), Tokenizer.load(NANO), ChatTemplate.load(NANO)
+    engine.close()
+
+
+def nano_reply(nano: Any, prompt: str, params: SamplingParams, **request: Any) -> Result:
+    session, tokenizer, template = nano
+    conversation = normalise([{"role": "user", "content": prompt}], request.get("tools"))
+    segments = template.render_segments(
+        conversation.messages, conversation.tools,
+        thinking=False if params.thinking_budget == 0 else None,
+    )  # fmt: skip
+    ids = encode_segments(tokenizer, segments)
+    constraint = constrain(
+        tokenizer, in_reasoning=starts_in_reasoning(tokenizer, ids),
+        next_call_index=conversation.next_call_index, **request,
+    )  # fmt: skip
+    reply = Reply(
+        tokenizer, ids, params, allow_tools=bool(request.get("tools")), constraint=constraint
+    )
+    logits = session.sync(reply.prompt)
+    while True:
+        reply.feed(logits)
+        if not reply.going_on:
+            return reply.result()
+        logits = session.step(reply.token)
+
+
+ANSWER = {
+    "type": "object",
+    "properties": {
+        "answer": {"type": "integer", "minimum": 0, "maximum": 999},
+        "unit": {"enum": ["apples", "pears"]},
+        "note": {"type": "string", "maxLength": 12},
+    },
+    "required": ["answer", "unit", "note"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("budget", [None, 0, 5])
+def test_nano_always_follows_a_schema(nano: Any, budget: int | None) -> None:
+    """It never saw such JSON, so the mask does the work; hot, greedy and with its reasoning cut."""
+    for seed, temperature in enumerate((0.0, 1.0, 1.0, 3.0)):
+        params = SamplingParams(
+            temperature=temperature, seed=seed, max_tokens=400, thinking_budget=budget
+        )
+        form = json_schema(ANSWER)
+        result = nano_reply(nano, "What is 17 + 25?", params, response_format=form)
+        if temperature < 3 or budget is not None:  # else its reasoning may not end
+            assert result.finish_reason == "stop"
+        if result.finish_reason == "stop":
+            check_json(ANSWER, result.message["content"])
+
+
+@pytest.mark.parametrize("choice", ["auto", "required", "none"])
+def test_nano_calls_follow_their_schemas(nano: Any, choice: str) -> None:
+    parameters = {
+        "type": "object", "properties": {"expression": {"type": "string", "pattern": "^[0-9*+]+$"}},
+        "required": ["expression"], "additionalProperties": False,
+    }  # fmt: skip
+    tools = [tool("calculator", parameters)]
+    params = SamplingParams(temperature=0.0, max_tokens=200)
+    result = nano_reply(nano, "What is 123 * 45?", params, tools=tools, tool_choice=choice)
+    calls = result.message.get("tool_calls")
+    if choice == "none":
+        assert not calls and result.finish_reason == "stop"
+        return
+    assert calls and result.finish_reason == "tool_calls"
+    for i, call in enumerate(calls):
+        assert call["id"] == f"functions.calculator:{i}"
+        check_json(parameters, call["function"]["arguments"])

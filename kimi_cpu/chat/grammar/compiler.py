@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 #: Compiled grammars kept for each tokenizer: how many, and of how much source text in all.
 CACHE_ENTRIES = 256
-CACHE_CHARS = 4 << 20
+CACHE_CHARS = 1 << 20
 
 _JSON_OPTIONS: JsonCompileOptions = {
     # One blank or one indented line break wherever JSON allows them: without a bound, a model
@@ -194,5 +194,7 @@ def _packed(allowed: NDArray[np.bool_]) -> AllowedBits:
 
 def _first_line(text: str) -> str:
     """llguidance's reason, in one line."""
+    if text.startswith("oneOf constraints"):
+        return "the options of a oneOf may overlap, which is not supported: use anyOf"
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     return " ".join(line for line in lines if not line.startswith("<"))[:160]

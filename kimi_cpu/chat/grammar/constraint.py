@@ -2,16 +2,16 @@
 
 Where a reply stands, and what may come there besides text:
 
-| state     | text                          | control tokens                                   |
-|-----------|-------------------------------|--------------------------------------------------|
-| START     | any                           | `<think>`, and those of REASONING                |
-| REASONING | any                           | `</think>`, a section; an end if nothing is owed |
-| CONTENT   | any, or JSON by response_format| a section, an end; only a section if one is owed |
-| SECTION   | none                          | `<|tool_call_begin|>`                            |
-| HEADER    | `functions.NAME:IDX`          | then `<|tool_call_argument_begin|>`              |
-| ARGUMENTS | JSON by the tool's schema     | then `<|tool_call_end|>`                         |
-| BETWEEN   | none                          | another call, or `<|tool_calls_section_end|>`    |
-| DONE      | none                          | the tokens that end a reply                      |
+| state     | text                            | control tokens                                   |
+|-----------|---------------------------------|--------------------------------------------------|
+| START     | any                             | `<think>`, and those of REASONING                |
+| REASONING | any                             | `</think>`, a section; an end if nothing is owed |
+| CONTENT   | any, or JSON by response_format | a section, an end; only a section if one is owed |
+| SECTION   | none                            | `<|tool_call_begin|>`                            |
+| HEADER    | `functions.NAME:IDX`            | then `<|tool_call_argument_begin|>`              |
+| ARGUMENTS | JSON by the tool's schema       | then `<|tool_call_end|>`                         |
+| BETWEEN   | none                            | another call, or `<|tool_calls_section_end|>`    |
+| DONE      | none                            | the tokens that end a reply                      |
 
 Only JSON and headers need llguidance; in the other states the mask is a table made once.
 """
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 MAX_TOOLS = 512
-MAX_TOOLS_CHARS = 4 << 20
+MAX_TOOLS_CHARS = 1 << 20
 
 _THINK, _END_THINK = "<think>", "</think>"
 _SECTION, _END_SECTION = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
@@ -72,15 +72,15 @@ class Constraint:
         self,
         words: Vocabulary,
         *,
-        calls: Mapping[str, str],
+        calls: Mapping[str, LLMatcher],
         owes_call: bool,
         max_calls: int | None,
-        content: str | None,
+        content: LLMatcher | None,
         in_reasoning: bool,
         next_call_index: int,
         eos_token_ids: Sequence[int],
     ) -> None:
-        """calls: prepared schemas by tool name, in order; content: that of the content, or None."""
+        """calls: fresh matchers of arguments by tool; content: one of JSON content, or None."""
         self._words = words
         self._calls = calls
         self._owes_call = owes_call
@@ -94,7 +94,7 @@ class Constraint:
         self._scan = JsonScan()
         self._header = b""
         self._written = False  # some of the content's JSON is there
-        self._json = None if content is None else words.json(content, "response_format")
+        self._json = content
         self._matcher: LLMatcher | None = None
         self._tables: dict[tuple[str, ...], AllowedBits] = {}
         thinks = _END_THINK in special
@@ -175,14 +175,15 @@ class Constraint:
                 self._state, self._matcher = _State.CONTENT, self._json
             case "<|tool_calls_section_begin|>":
                 self._state, self._matcher = _State.SECTION, None
+                self._scan = JsonScan()  # not that of the content any more
             case "<|tool_call_begin|>":
                 self._state, self._header = _State.HEADER, b""
                 headers = [f"functions.{tool}:{self._next_index}" for tool in self._calls]
                 self._matcher = self._words.choice(headers, "tools")
             case "<|tool_call_argument_begin|>":
                 tool = self._header.decode("utf-8").removeprefix("functions.").rpartition(":")[0]
-                self._matcher = self._words.json(self._calls[tool], f"tool {tool}")
-                self._state, self._scan = _State.ARGUMENTS, JsonScan()
+                self._matcher = self._calls[tool].deep_copy()
+                self._state = _State.ARGUMENTS
             case "<|tool_call_end|>":
                 self._n_calls += 1
                 self._next_index += 1
@@ -276,13 +277,12 @@ def constrain(
     """
     names = [str(tool["function"]["name"]) for tool in tools or ()]
     wanted = _wanted(tool_choice, names)
-    content, content_field = _content_schema(response_format)
-    if not names and content is None:
+    schema, field = _content_schema(response_format)
+    if not names and schema is None:
         return None
     words = vocabulary(tokenizer)
-    calls = _call_schemas(words, tools or (), wanted)
-    if content is not None:
-        words.json(content, content_field)
+    calls = _call_matchers(words, tools or (), wanted)
+    content = None if schema is None else words.json(schema, field)
     single = not parallel_tool_calls or isinstance(tool_choice, Mapping)
     return Constraint(
         words,
@@ -319,12 +319,15 @@ def _wanted(choice: Any, names: list[str]) -> set[str]:
     return {name}
 
 
-def _call_schemas(
+def _call_matchers(
     words: Vocabulary, tools: Sequence[Mapping[str, Any]], wanted: set[str]
-) -> dict[str, str]:
+) -> dict[str, LLMatcher]:
+    if wanted and _SECTION not in words.tokenizer.special_tokens:
+        raise GrammarError("tools", "the model's tokenizer has no tokens for calls")
     if len(tools) > MAX_TOOLS:
         raise GrammarError("tools", f"are more than {MAX_TOOLS}")
-    calls: dict[str, str] = {}
+    calls: dict[str, LLMatcher] = {}
+    chars = 0
     for i, tool in enumerate(tools):
         function = tool["function"]
         name = function["name"]
@@ -336,14 +339,14 @@ def _call_schemas(
         strict = function.get("strict") is not False
         try:
             schema = prepare(parameters, where, root_object=True, strict=strict)
-            words.json(schema, where)
+            chars += len(schema)
+            if chars > MAX_TOOLS_CHARS:
+                raise GrammarError("tools", f"have schemas of over {MAX_TOOLS_CHARS:,} characters")
+            calls[name] = words.json(schema, where)
         except GrammarError:
             if strict:
                 raise
-            schema = prepare({"type": "object"}, where)
-        calls[name] = schema
-    if sum(map(len, calls.values())) > MAX_TOOLS_CHARS:
-        raise GrammarError("tools", f"their schemas have more than {MAX_TOOLS_CHARS >> 20} MB")
+            calls[name] = words.json(prepare({"type": "object"}, where), where)
     return calls
 
 
