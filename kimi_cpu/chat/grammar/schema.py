@@ -17,7 +17,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
@@ -33,6 +34,8 @@ MAX_PATTERN_PROPERTIES = 32
 MAX_PROPERTIES = 1000  # of one object: compiling takes time in their square, 0.1 s for these
 #: Patterns below one node that intersects schemas (allOf, or anyOf and $ref with siblings).
 MAX_MET_PATTERNS = 8
+#: What multipleOf counts in, in units of its last digit: a grammar has a state for each remainder.
+MAX_MULTIPLE = 1000
 #: Lower bounds of lengths. Upper bounds cost nothing and may be any number.
 MAX_MINIMUM_COUNT = 100_000
 
@@ -159,7 +162,7 @@ class _Preparation:
         self._numbers(result, where)
         self._properties(result, where)
         if len(result.keys() - {"$defs", "definitions"}) > 1 or len(result.get("allOf", ())) > 1:
-            self._check_patterns(schema, where)
+            self._check_met(schema, where)
         return result
 
     def _list(self, schemas: list[Any], where: str, depth: int) -> list[Any]:
@@ -199,8 +202,11 @@ class _Preparation:
         elif key in _BOUNDS or key == "multipleOf":
             boolean = isinstance(value, bool) and key.startswith("exclusive")  # draft 4
             result[key] = value if boolean else _as_number(value, where)
-            if key == "multipleOf" and result[key] <= 0:
-                raise GrammarError(where, "is not above 0")
+            if key == "multipleOf":
+                if result[key] <= 0:
+                    raise GrammarError(where, "is not above 0")
+                if _common_multiple([result[key]]) > MAX_MULTIPLE:
+                    raise GrammarError(where, f"has more than {MAX_MULTIPLE:,} remainders")
         elif key == "pattern":
             try:
                 result[key] = _pattern(value, where)
@@ -333,11 +339,12 @@ class _Preparation:
                 return None
         return node
 
-    def _check_patterns(self, schema: Mapping[str, Any], where: str) -> None:
-        """Refuse a node that may intersect too many regular expressions."""
+    def _check_met(self, schema: Mapping[str, Any], where: str) -> None:
+        """Refuse a node that may intersect too many regular expressions or multiples."""
         if not schema.keys() & _COMBINING:
             return
         met: set[str] = set()
+        multiples: set[float] = set()
         seen: set[int] = set()
         todo: list[Any] = [schema]
         while todo:
@@ -353,6 +360,8 @@ class _Preparation:
                 met |= {node[k] for k in ("pattern", "format") if isinstance(node.get(k), str)}
                 if isinstance(node.get("patternProperties"), Mapping):
                     met |= node["patternProperties"].keys()
+                if isinstance(node.get("multipleOf"), int | float):
+                    multiples.add(node["multipleOf"])
                 if isinstance(node.get("$ref"), str):
                     todo.append(self._target(node["$ref"]))
             if len(met) > MAX_MET_PATTERNS or self._visits > 50 * MAX_NODES:
@@ -361,6 +370,9 @@ class _Preparation:
                     f"more than {MAX_MET_PATTERNS} patterns and formats are combined",
                     "Use fewer patterns below allOf, anyOf, oneOf and $ref with siblings.",
                 )
+
+        if _common_multiple(multiples) > MAX_MULTIPLE:
+            raise GrammarError(where, "multipleOf: the values combined have too many remainders")
 
     def _count(self, where: str) -> None:
         self._nodes += 1
@@ -407,7 +419,16 @@ def _as_number(value: Any, where: str) -> int | float:
         raise GrammarError(where, "is not a number")
     if isinstance(value, float) and not math.isfinite(value):
         raise GrammarError(where, "is not a finite number")
+    if abs(value) > 1e300:
+        raise GrammarError(where, "is too large")
     return int(value) if value == int(value) and abs(value) <= _EXACT else value
+
+
+def _common_multiple(values: Iterable[float]) -> int:
+    """The least common multiple of positive numbers, in units of the last decimal of any."""
+    exact = [Decimal(repr(v)).normalize() for v in values if 0 < v < 1e300]
+    digits = max((-int(d.as_tuple().exponent) for d in exact), default=0)
+    return math.lcm(*(int(d.scaleb(max(digits, 0))) for d in exact))
 
 
 def _check_text(text: Any, where: str, *, literal: bool) -> None:
