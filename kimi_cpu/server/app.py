@@ -15,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kimi_cpu.errors import UserError
-from kimi_cpu.server.api import chat, completions, status, tokens
+from kimi_cpu.server.api import anthropic, chat, completions, responses, status, tokens
 from kimi_cpu.server.errors import ApiError
 from kimi_cpu.server.metrics import Metrics
 from kimi_cpu.server.security import Guard
@@ -28,6 +28,11 @@ log = logging.getLogger(__name__)
 
 ROUTES = [
     Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
+    Route("/v1/messages", anthropic.messages, methods=["POST"]),
+    Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
+    Route("/v1/responses", responses.create, methods=["POST"]),
+    Route("/v1/responses/{response_id}", responses.retrieve, methods=["GET"]),
+    Route("/v1/responses/{response_id}", responses.delete, methods=["DELETE"]),
     Route("/v1/completions", completions.completions, methods=["POST"]),
     Route("/v1/models", status.models, methods=["GET"]),
     Route("/v1/models/{name:path}", status.model, methods=["GET"]),
@@ -87,9 +92,9 @@ def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
     return app
 
 
-async def _answer_error(_: Request, error: Exception) -> Response:
+async def _answer_error(request: Request, error: Exception) -> Response:
     answer = as_api_error(error)
-    return JSONResponse(answer.body(), answer.status, headers=answer.headers)
+    return JSONResponse(answer.body(request.url.path), answer.status, headers=answer.headers)
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -97,7 +102,7 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     method, path = request.method[:20], request.url.path[:200]
     text = {404: f"there is no {path}", 405: f"{method} is not for {path}"}
     answer = ApiError(error.status_code, text.get(error.status_code, error.detail))
-    return JSONResponse(answer.body(), answer.status, headers=error.headers)
+    return JSONResponse(answer.body(request.url.path), answer.status, headers=error.headers)
 
 
 async def _answer_nobody(_: Request, __: Exception) -> Response:

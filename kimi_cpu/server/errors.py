@@ -1,4 +1,5 @@
-"""Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`."""
+"""Errors as clients expect them: OpenAI's `{"error": {"message", "type", "param", "code"}}`, or
+Anthropic's `{"type": "error", "error": {"type", "message"}}`."""
 
 from __future__ import annotations
 
@@ -25,6 +26,17 @@ _CLIENT_ERRORS = (
     TokenizerError,
     UsageError,
 )
+#: Paths of Anthropic's API begin so.
+ANTHROPIC_PATHS = "/v1/messages"
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 #: A field's name at the start of a message: `temperature is -1`, `messages[0].role: missing`.
 _FIELD = re.compile(r"([a-z_][a-z_0-9]*(?:\[[^\]]*\]|\.[a-z_0-9]+)*)(?=: | is )", re.IGNORECASE)
 
@@ -61,8 +73,12 @@ class ApiError(Exception):
             self.status, "invalid_request_error"
         )
 
-    def body(self) -> dict[str, Any]:
-        """The error object."""
+    def body(self, path: str = "") -> dict[str, Any]:
+        """The error object, as the API that the request's path belongs to has it."""
+        if path.startswith(ANTHROPIC_PATHS):
+            kind = _ANTHROPIC_TYPES.get(self.status)
+            kind = kind or ("api_error" if self.status >= 500 else "invalid_request_error")
+            return {"type": "error", "error": {"type": kind, "message": self.message}}
         return {
             "error": {
                 "message": self.message,

@@ -37,6 +37,7 @@ def chat_prompt(
     *,
     thinking: bool | None = None,
     template_kwargs: dict[str, Any] | None = None,
+    add_generation_prompt: bool = True,
     check: bool = True,
 ) -> ChatPrompt:
     """Render a conversation, with the model's own turns in the tokens that it sampled.
@@ -49,6 +50,7 @@ def chat_prompt(
     segments = model.template.render_segments(
         conversation.messages,
         conversation.tools,
+        add_generation_prompt,
         thinking=thinking,
         **(template_kwargs or {}),
     )
@@ -67,23 +69,27 @@ def chat_reply(
     parallel_tool_calls: bool = True,
     response_format: Any = None,
     top_logprobs: int | None = None,
+    constrained: bool = True,
 ) -> Reply:
     """The reply to a conversation: calls follow their tools' schemas, content `response_format`.
 
     tool_choice, response_format: in OpenAI's form. Raises GrammarError naming the field.
+    constrained: if not, the model is trusted with the form of its calls.
     """
     tokenizer, conversation = model.tokenizer, prompt.conversation
     eos_token_ids = model.engine.config.eos_token_ids
-    constraint = constrain(
-        tokenizer,
-        tools=[_lenient(tool) for tool in conversation.tools or ()],
-        tool_choice=tool_choice,
-        parallel_tool_calls=parallel_tool_calls,
-        response_format=response_format,
-        in_reasoning=starts_in_reasoning(tokenizer, continued(tokenizer, prompt.ids, params)),
-        next_call_index=conversation.next_call_index,
-        eos_token_ids=eos_token_ids,
-    )
+    constraint = None
+    if constrained:
+        constraint = constrain(
+            tokenizer,
+            tools=[_lenient(tool) for tool in conversation.tools or ()],
+            tool_choice=tool_choice,
+            parallel_tool_calls=parallel_tool_calls,
+            response_format=response_format,
+            in_reasoning=starts_in_reasoning(tokenizer, continued(tokenizer, prompt.ids, params)),
+            next_call_index=conversation.next_call_index,
+            eos_token_ids=eos_token_ids,
+        )
     return Reply(
         tokenizer,
         prompt.ids,

@@ -59,7 +59,7 @@ class Guard:
         try:
             self._check(path, Headers(scope=scope))
         except ApiError as error:
-            response = JSONResponse(error.body(), error.status, headers=error.headers)
+            response = JSONResponse(error.body(path), error.status, headers=error.headers)
             await response(scope, receive, watched)
             return
         await self._app(scope, receive, watched)

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from kimi_cpu.server.metrics import Metrics
 from kimi_cpu.server.replay import Replies
 from kimi_cpu.server.settings import ServedModel, Settings
+from kimi_cpu.server.stored import StoredResponses
 from kimi_cpu.server.worker import Worker
 
 P = ParamSpec("P")
@@ -29,6 +30,7 @@ class Service:
         self.worker = worker
         self.settings = settings
         self.metrics = metrics
+        self.stored = StoredResponses()
         self._replies: Replies | None = None
         self._limiter = anyio.CapacityLimiter(RENDERING_THREADS)
 

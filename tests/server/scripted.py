@@ -20,6 +20,8 @@ from kimi_cpu.cli.common import embedded_model
 from kimi_cpu.errors import ContextError
 from kimi_cpu.sampling import SamplingParams
 from kimi_cpu.server.settings import ServedModel
+from kimi_cpu.store.experts.policy import Frequency
+from kimi_cpu.store.experts.residency import ExpertStats
 from kimi_cpu.tokenizer import Tokenizer
 from tests.cli import fake
 
@@ -42,9 +44,16 @@ class ScriptedEngine:
         layer_s: float = 0.0,
         step_s: float = 0.0,
     ) -> None:
-        self.config = SimpleNamespace(max_position_embeddings=context, eos_token_ids=())
+        self.config = SimpleNamespace(
+            max_position_embeddings=context, eos_token_ids=(), moe_layers=[1, 2]
+        )
+        # What GET /routing looks at: nothing is ever chosen.
+        self.experts = SimpleNamespace(
+            n_experts=8, top_k=2, policy=Frequency(16), stats=lambda: ExpertStats()
+        )
         self.tokenizer, self.script = tokenizer, script
         self.layer_s, self.step_s = layer_s, step_s
+        self._turn: tuple[list[int], list[int]] = [], []  # the last prompt, and its reply
         self.computed = 0
         self.layers = 0
         self.sessions = 0
@@ -75,13 +84,21 @@ class ScriptedEngine:
             return logits
         turn = len(ids) - 1 - ids[::-1].index(begin)
         start = next((i + 1 for i in range(turn, len(ids)) if ids[i] == middle), len(ids))
-        if ids[start : start + 2] == fake.spelt(tokenizer, "<think></think>"):
+        closed = fake.spelt(tokenizer, "<think></think>")
+        reply = self._reply(ids[:start])
+        if ids[start : start + 2] == closed and reply[:2] != closed:  # thinking is off
             start += 2
-        reply = fake.spelt(tokenizer, self.script(tokenizer.decode(ids[:start])))
+            reply = self._reply(ids[:start])
         said = ids[start:]
         follows = reply[: len(said)] == said and len(said) < len(reply)
         logits[reply[len(said)] if follows else tokenizer.control("<|im_end|>")] = 50
         return logits
+
+    def _reply(self, prompt: list[int]) -> list[int]:
+        if self._turn[0] != prompt:
+            text = self.script(self.tokenizer.decode(prompt))
+            self._turn = prompt, fake.spelt(self.tokenizer, text)
+        return self._turn[1]
 
 
 class ScriptedSession:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import msgspec
 from starlette.requests import Request
 
 from kimi_cpu.chat.generate import Reply
@@ -55,7 +54,7 @@ class Exchange:
         self.service = service
         self.prompt = prompt
         self.job = job
-        self._outbox = outbox
+        self.outbox = outbox
 
     @classmethod
     async def begin(cls, service: Service, body: ChatRequest, label: str) -> Exchange:
@@ -72,14 +71,14 @@ class Exchange:
     async def whole(self, request: Request) -> tuple[list[Item], Finished]:
         """All items, and the last of them; ClientLeft when nobody waits any more."""
         try:
-            return await while_connected(request, self._outbox.finished())
+            return await while_connected(request, self.outbox.finished())
         finally:
             self.job.cancel()
 
     def stream(self, frames: Frames) -> EventStream:
         """The items as server-sent events."""
         heartbeat_s = self.service.settings.heartbeat_s
-        return EventStream(self.job, self._outbox, frames, heartbeat_s)
+        return EventStream(self.job, self.outbox, frames, heartbeat_s)
 
     def remember(self, finished: Finished) -> None:
         """Keep the reply, for when the client sends it back."""
@@ -175,21 +174,9 @@ def text_part(part: Any, where: str, kinds: Sequence[str]) -> dict[str, Any]:
     if not isinstance(part, Mapping) or not isinstance(kind, str):
         raise ApiError(400, f"{where}: not an object with a type", param=where)
     if kind not in kinds:
-        raise ApiError(
-            400,
-            f"{where}.type: {kind[:60]!r} is not supported here: this model reads text",
-            param=f"{where}.type",
-        )
+        what = f"{where}: {kind[:60]!r} is not supported here, only {', '.join(kinds)}"
+        raise ApiError(400, what, param=where)
     text = part.get("refusal" if kind == "refusal" else "text")
     if not isinstance(text, str):
         raise ApiError(400, f"{where}.text: not a string", param=f"{where}.text")
     return {"type": "text", "text": text}
-
-
-class Form(msgspec.Struct, kw_only=True):
-    """Fields that endpoints of other APIs share with chat completions."""
-
-    model: str | None = None
-    stream: bool | None = None
-    temperature: float | None = None
-    top_p: float | None = None
