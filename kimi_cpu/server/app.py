@@ -15,7 +15,16 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from kimi_cpu.errors import UserError
-from kimi_cpu.server.api import anthropic, chat, completions, responses, status, tokens
+from kimi_cpu.server.api import (
+    anthropic,
+    chat,
+    completions,
+    page,
+    responses,
+    routing,
+    status,
+    tokens,
+)
 from kimi_cpu.server.errors import ApiError
 from kimi_cpu.server.metrics import Metrics
 from kimi_cpu.server.security import Guard
@@ -40,6 +49,10 @@ ROUTES = [
     Route("/detokenize", tokens.detokenize, methods=["POST"]),
     Route("/health", status.health, methods=["GET"]),
     Route("/metrics", status.metrics, methods=["GET"]),
+    Route("/routing", routing.routing, methods=["GET"]),
+    Route("/", page.index, methods=["GET"]),
+    Route("/favicon.ico", page.favicon, methods=["GET"]),
+    Route("/static/{name}", page.static, methods=["GET"]),
 ]
 _PATHS = frozenset(route.path for route in ROUTES)
 
