@@ -40,7 +40,7 @@ class Live:
 
     def ready(self) -> Live:
         """Wait for the model."""
-        until(lambda: self.worker.state == "ready", 120)
+        until(lambda: self.worker.state == "ready", 900)
         return self
 
     def stop(self) -> None:
