@@ -12,6 +12,8 @@ from kimi_cpu.store.experts.budget import format_size
 
 #: Fits a terminal of 80 columns.
 WIDTH = 79
+#: Of tok/s against what `kimi-cpu bench` then measured: bench/LOG.md, 2026-11-28.
+_ERROR_SEEN = "Where both were measured, tok/s was 25 % too low to 17 % too high."
 #: Fewer bytes per token than this may come from a cache instead of memory.
 _FITS_CACHE_BYTES = 64 << 20
 _BOUNDS = {"disk": "d", "memory": "m"}
@@ -26,7 +28,7 @@ def text(plan: Plan) -> str:
     lines += _wrapped(
         f"here: share of the experts in memory; hit: of a token's experts those found there; "
         f"limit: what the disk (d) or memory (m) allows; prompt: {plan.prompt_tokens:,} tokens, "
-        f"which are the context of tok/s; *: this machine now"
+        f"which are the context of tok/s; *: this machine now. {_ERROR_SEEN}"
     )
     advice = _advice(plan)
     if advice:

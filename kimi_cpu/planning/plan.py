@@ -167,8 +167,13 @@ def make_plan(
     if disk is None and subject.shapes[0].n_moe_layers:
         progress("measuring the disk ...")
         speed = _probe(subject)
+        _turns(meter, progress)
+        progress("measuring the disk ...")
+        # A disk has bad seconds, but no good ones: the better of two is what it can do.
+        speed = max(speed, _probe(subject), key=lambda s: s.ceiling)
         disk = speed.ceiling
-    _turns(meter, progress)
+    else:
+        _turns(meter, progress)
     progress("replaying choices of experts ...")
     for shape in subject.shapes:  # remembered by `routing`
         for n_bytes in (memory, *chosen):
