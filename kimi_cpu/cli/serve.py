@@ -96,6 +96,9 @@ def command(
     def on_change(state: State) -> None:
         if state == "ready":
             note(f"kimi-cpu serve · {worker.model.name} · {url}/v1 · Ctrl-C stops")
+        elif state == "stopping":
+            seconds = f"{settings.shutdown_s:.0f} s"
+            note(f"Stopping: replies may go on for {seconds}; Ctrl-C again ends them now.")
         elif state == "failed":
             running.should_exit = True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from types import FrameType
 
 import uvicorn
 from starlette.applications import Starlette
@@ -22,7 +23,8 @@ GRACE_S = 2.0
 
 
 class Running(uvicorn.Server):
-    """The HTTP server; told to stop, it lets replies go on until the deadline."""
+    """The HTTP server. Told to stop, it lets replies go on until the deadline; told again, it ends
+    them."""
 
     def __init__(self, worker: Worker, app: Starlette, settings: Settings) -> None:
         super().__init__(
@@ -38,6 +40,14 @@ class Running(uvicorn.Server):
             )
         )
         self._worker = worker
+        self._told_again = False
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self.should_exit and not self._told_again:
+            self._told_again = True
+            self._worker.abort()
+        else:
+            super().handle_exit(sig, frame)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.begin_stop()

@@ -41,7 +41,7 @@ class Worker:
         metrics: Metrics,
         on_change: Callable[[State], None] = lambda state: None,
     ) -> None:
-        """on_change: told each new state, in the inference thread."""
+        """on_change: told each new state, in the inference thread (but for "stopping")."""
         self.phase = ""
         self.error: Exception | None = None
         self._load = load
@@ -89,8 +89,13 @@ class Worker:
         self._scheduler.submit(job)
 
     def begin_stop(self) -> None:
-        """Take no more jobs; those under way may go on for `shutdown_s`."""
+        """Take no more jobs; those under way may go on for `shutdown_s`.
+
+        `on_change` is told "stopping" (in this thread) if there are any.
+        """
         self._stop(self._settings.shutdown_s)
+        if self._state == "ready" and self._scheduler is not None and self._scheduler.active:
+            self._on_change("stopping")
 
     def join(self, timeout_s: float) -> bool:
         """Wait for the thread; False when it is still in native code."""
