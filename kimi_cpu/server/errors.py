@@ -78,7 +78,10 @@ class ApiError(Exception):
         if path.startswith(ANTHROPIC_PATHS):
             kind = _ANTHROPIC_TYPES.get(self.status)
             kind = kind or ("api_error" if self.status >= 500 else "invalid_request_error")
-            return {"type": "error", "error": {"type": kind, "message": self.message}}
+            error: dict[str, Any] = {"type": kind, "message": self.message}
+            if self.code is not None:
+                error["details"] = {"error_code": self.code}
+            return {"type": "error", "error": error}
         return {
             "error": {
                 "message": self.message,

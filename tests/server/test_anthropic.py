@@ -337,6 +337,7 @@ DOCUMENT = {"type": "document", "source": {"type": "file", "file_id": "file_1"}}
         ({"max_tokens": None}, "max_tokens: Expected"),
         ({"mcp_servers": [{"url": "http://127.0.0.1"}]}, "mcp_servers: this server runs no"),
         ({"container": "c"}, "container: this server runs no"),
+        ({"thread": {"type": "create"}}, "thread: this server keeps no threads"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("stream", [False, True])

@@ -36,6 +36,7 @@ class ConversationFields(msgspec.Struct, kw_only=True):
     output_config: dict[str, Any] | None = None
     mcp_servers: list[Any] | None = None
     container: Any = None
+    thread: Any = None
 
 
 class MessagesRequest(ConversationFields, kw_only=True):
@@ -55,6 +56,14 @@ def chat_request(body: ConversationFields) -> tuple[ChatRequest, list[str]]:
     for name in ("mcp_servers", "container"):
         if getattr(body, name):
             raise _wrong(name, "this server runs no tools itself")
+    if body.thread:
+        # Anthropic's client knows this code, and sends whole conversations from here on.
+        raise ApiError(
+            400,
+            "thread: this server keeps no threads; send the whole conversation",
+            param="thread",
+            code="thread_unsupported_request",
+        )
     messages = _Messages()
     if body.system:
         messages.add("system", {"role": "system", "content": _system(body.system)})
