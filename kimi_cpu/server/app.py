@@ -102,6 +102,7 @@ def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
         },
     )
     app.state.service = Service(worker, settings, metrics)
+    app.state.routing_streams = routing.Streams()
     return app
 
 

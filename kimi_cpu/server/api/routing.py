@@ -38,7 +38,8 @@ async def routing(request: Request) -> Response:
     """Events: `shape` first, then the choices of each interval that had some."""
     service = service_of(request)
     engine = service.model.engine
-    streams = _streams(request)
+    streams = request.app.state.routing_streams
+    assert isinstance(streams, Streams)
     if streams.open >= MAX_STREAMS:
         raise ApiError(
             429,
@@ -55,15 +56,6 @@ class Streams:
     """How many routing streams of a server are open."""
 
     open: int = 0
-
-
-def _streams(request: Request) -> Streams:
-    state = request.app.state
-    if not hasattr(state, "routing_streams"):
-        state.routing_streams = Streams()
-    streams = state.routing_streams
-    assert isinstance(streams, Streams)
-    return streams
 
 
 class Choices:
