@@ -16,6 +16,8 @@ WIDTH = 79
 _ERROR_SEEN = "Where both were measured, tok/s was 25 % too low to 17 % too high."
 #: Fewer bytes per token than this may come from a cache instead of memory.
 _FITS_CACHE_BYTES = 64 << 20
+#: Fastest pass over memory against the slowest: more than an idle machine shows.
+_UNSTEADY = 1.4
 _BOUNDS = {"disk": "d", "memory": "m"}
 
 
@@ -105,6 +107,11 @@ def _facts(plan: Plan) -> list[tuple[str, str]]:
         even = _even(plan)
         if even:
             facts.append((" ", even))
+    if high > _UNSTEADY * low:
+        facts.append((
+            "mind", f"memory's speed varied {high / low:.1f}-fold while it was measured: something "
+            "else uses this machine, and all rates are as uncertain; try again when it is idle",
+        ))  # fmt: skip
     if shape.trunk_bytes + shape.token_expert_bytes < _FITS_CACHE_BYTES:
         facts.append(
             ("mind", "so small a model stays in the CPU's caches: it will be faster than this")
@@ -117,6 +124,8 @@ def _even(plan: Plan) -> str:
     here = plan.best.here
     if not here.runs or here.hit_rate >= 1 or plan.routing.kind == "given":
         return ""
+    if _rate(here.even_tps) == _rate(here.expected_tps):
+        return "even routing would give the same rate here"
     return (
         f"with even routing {_rate(here.even_tps)} tokens/s here instead of "
         f"{_rate(here.expected_tps)}"

@@ -152,6 +152,15 @@ def test_a_recorded_trace(plan, fails, tiny, tmp_path) -> None:
     assert "exclude each other" in fails(str(tiny), "--trace", str(trace), "--hit-rate", "0.5")
 
 
+def test_a_busy_machine_is_named(plan, monkeypatch) -> None:
+    turns = iter([20e9, 8e9, 19e9])
+    monkeypatch.setattr(measuring.DramReader, "measure", lambda self, threads: {"x": next(turns)})
+    assert "varied 2.5-fold" in " ".join(plan("--disk", "2").split())
+    steady = iter([20e9, 19e9, 19e9])
+    monkeypatch.setattr(measuring.DramReader, "measure", lambda self, threads: {"x": next(steady)})
+    assert "-fold" not in plan("--disk", "2")
+
+
 def test_skew_and_locality_matter(plan) -> None:
     def rate(*args: str) -> float:
         out = plan("--disk", "2", "--json", "--memory", "128G", *args)
