@@ -1,10 +1,14 @@
 """Regular expressions of schemas: from ECMAScript's dialect into what llguidance reads.
 
-llguidance reads patterns by Rust's syntax, which gives some texts another meaning (set operations
-and classes within classes, flags, `[]`): those are refused. And it has one error, in derivre 0.3's
-`json_quote`: a set of characters that holds every control character is taken to hold `"` and the
-backslash too, so `^[^"]*$` would let quotes through. So U+0001, which JSON text of ours cannot
-spell anyway, is taken out of every negated class, and patterns that name it are refused.
+Readers of the JSON will match by ECMAScript's rules or by those of their language, Python's for
+one: `\\W` holds é in the one and not in the other. What a mask lets through should match by either,
+so the classes that differ are narrowed to what both hold. What Rust's syntax, which llguidance
+reads, takes for something else (set operations, classes within classes, flags, `[]`) is refused.
+
+And derivre 0.3, below llguidance, has an error in its `json_quote`: a set of characters that holds
+all control characters is taken to hold `"` and the backslash too, so `^[^"]*$` lets quotes through.
+So U+0001, which JSON text of ours cannot spell anyway, is taken out of every negated class, and
+patterns that name it are refused.
 """
 
 from __future__ import annotations
@@ -24,6 +28,13 @@ _CONTROL = re.compile(r"\\(?:[xuU]\{0*[01]\}|x0[01]|u000[01]|U0000000[01])|[\x00
 _OTHER = {"c", "cc", "cf", "cn", "co", "cs", "other", "control", "cntrl"}
 _SCRIPT = re.compile(r"(?:script|sc|scriptextensions|scx)=\w+|[a-z]+")
 
+# What a negated class must leave out, so that it matches by either dialect.
+_OUTSIDE = {"w": r"\p{L}\p{M}\p{N}\p{Pc}", "d": r"\p{Nd}", "s": r"\s\u{FEFF}"}
+_BLANK = (
+    r"\t-\r \u{A0}\u{1680}\u{2000}-\u{200A}\u{2028}\u{2029}\u{202F}\u{205F}\u{3000}"  # ECMAScript's
+)
+_ANY = r"[^\n\r\u{2028}\u{2029}\x01]"
+
 
 def adapted(pattern: str) -> str:
     """The pattern as llguidance should get it. Raises ValueError with the reason if it cannot."""
@@ -38,8 +49,9 @@ def adapted(pattern: str) -> str:
             part, at = _class(pattern, at)
         elif pattern[at] == "\\":
             part, at = _escape(pattern, at)
-            if part.startswith("\\P"):
-                part = f"[^\\p{part[2:]}\\x01]"
+            part = f"[{_BLANK}]" if part == "\\s" else _complement(part)
+        elif pattern[at] == ".":
+            part, at = _ANY, at + 1
         else:
             part, at = pattern[at], at + 1
             if _CONTROL.match(part):
@@ -63,8 +75,10 @@ def _class(pattern: str, start: int) -> tuple[str, int]:
             raise ValueError("a class in the pattern is not closed")
         if pattern[at] == "\\":
             part, at = _escape(pattern, at, negated)
-            if part.startswith("\\P") and not negated:
-                raise ValueError("\\P within a class of a pattern is not supported")
+            if negated:
+                part = _OUTSIDE.get(part[1:], part)
+            else:
+                part = _BLANK if part == "\\s" else _complement(part)
         else:
             if pattern[at] == "[" or pattern[at : at + 2] in ("&&", "--", "~~"):
                 raise ValueError("set operations in patterns are not supported")
@@ -74,6 +88,14 @@ def _class(pattern: str, start: int) -> tuple[str, int]:
         body.append(part)
     inner = "".join(body)
     return (f"[^{inner}\\x01]" if negated else f"[{inner}]"), at + 1
+
+
+def _complement(escape: str) -> str:
+    """`\\W`, `\\D`, `\\S` and `\\P{...}` as a negated class; other escapes as they are."""
+    kind, name = escape[1], escape[2:]
+    if kind in "WDS" and not name:
+        return f"[^{_OUTSIDE[kind.lower()]}\\x01]"
+    return f"[^\\p{name}\\x01]" if kind == "P" else escape
 
 
 def _escape(pattern: str, start: int, negated: bool = False) -> tuple[str, int]:
