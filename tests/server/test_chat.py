@@ -161,6 +161,22 @@ def test_what_is_no_request(scripted, content):
     assert response.json()["error"]["type"] == "invalid_request_error"
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (r"cut \ud83d", "cut \ufffd"),
+        (r"\ude00 whole \ud83d\ude00", "\ufffd whole \U0001f600"),
+        (r"\ud83d\ud83d\ude00", "\ufffd\U0001f600"),
+        (r"\\ud83d \uD83D", "\\ud83d \ufffd"),
+    ],
+)
+def test_texts_that_were_cut_inside_a_character(scripted, text, said):
+    content = b'{"messages": [{"role": "user", "content": "%s"}]}' % text.encode()
+    response = scripted.client.post("/v1/chat/completions", content=content)
+    assert response.status_code == 200, response.text
+    assert response.json()["choices"][0]["message"]["content"] == f"You said **{said}**."
+
+
 def test_unknown_fields_and_nulls_are_ignored(scripted):
     names = ["tools", "tool_choice", "temperature", "top_p", "stop", "seed", "n", "max_tokens",
              "logit_bias", "logprobs", "top_logprobs", "stream", "stream_options", "thinking",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import TypeVar
 
 import msgspec
@@ -39,10 +40,31 @@ async def read_body(request: Request, form: type[T]) -> T:
     except ClientDisconnect:
         raise ApiError(400, "the client left while sending", code="incomplete") from None
     try:
-        return msgspec.json.decode(body, type=form)
+        return _decoded(bytes(body), form)
     except msgspec.ValidationError as error:
         raise from_validation(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from None
     except RecursionError:
         raise ApiError(400, "the body is nested too deeply", code="invalid_json") from None
+
+
+#: An escape of JSON: a pair of surrogates, a lone one (group 1), or anything else.
+_ESCAPE = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}"
+    rb"|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)",
+    re.DOTALL,
+)
+
+
+def _decoded(body: bytes, form: type[T]) -> T:
+    """msgspec's decoding, but for lone surrogates: clients that cut texts in UTF-16 send them."""
+    try:
+        return msgspec.json.decode(body, type=form)
+    except msgspec.ValidationError:
+        raise
+    except msgspec.DecodeError:
+        whole = _ESCAPE.sub(lambda found: rb"\ufffd" if found[1] else found[0], body)
+        if whole == body:
+            raise
+    return msgspec.json.decode(whole, type=form)
