@@ -144,7 +144,7 @@ class Chat:
         if self._source.interactive:
             messages = common.with_system(self.conversation.system, self.conversation.messages)
             with contextlib.suppress(UserError):  # the reply will show it
-                self.warmup.start(self.model.prompt(messages, self._tools, reply=False)[0])
+                self.warmup.start(self.model.prompt(messages, self._tools, reply=False).ids)
 
     def handle(self, line: str) -> None:
         """One line of the user: a command or a message."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,6 +25,9 @@ if TYPE_CHECKING:
     from kimi_cpu.cli.warmup import Warmup
     from kimi_cpu.engine import Engine, Session
     from kimi_cpu.sampling import SamplingParams
+    from kimi_cpu.server.prompts import ChatPrompt
+    from kimi_cpu.server.replay import Replies
+    from kimi_cpu.server.settings import ServedModel
     from kimi_cpu.store.experts.residency import ExpertStats
     from kimi_cpu.tokenizer import Tokenizer
 
@@ -128,26 +133,47 @@ class Loaded:
         store = self.engine.experts
         return store.stats() if store.bounded else None
 
+    @cached_property
+    def replies(self) -> Replies:
+        """What the model has said, in the tokens that it sampled."""
+        from kimi_cpu.server.replay import Replies
+
+        return Replies(self.tokenizer)
+
+    @property
+    def served(self) -> ServedModel:
+        """The model as a server has it: prompts and replies are made alike."""
+        from kimi_cpu.sampling import SamplingParams
+        from kimi_cpu.server.settings import ServedModel
+
+        return ServedModel(
+            self.name, self.engine, self.tokenizer, self.template, SamplingParams(), self.compiled
+        )
+
     def prompt(
         self, messages: Messages, tools: Tools, *, thinking: bool | None = None, reply: bool = True
-    ) -> tuple[list[int], int]:
-        """The token ids up to the reply that is wanted, and the index of its first call.
+    ) -> ChatPrompt:
+        """The prompt of a conversation.
 
-        reply: whether the ids end where the reply begins; else where the next message does.
+        reply: whether its ids end where the reply begins; else where the next message does.
         """
-        from kimi_cpu.chat.messages import normalise
-        from kimi_cpu.chat.template import encode_segments
+        from kimi_cpu.server.prompts import chat_prompt
 
-        checked = normalise(messages, tools or None)
-        segments = self.template.render_segments(
-            checked.messages, checked.tools, reply, thinking=thinking
+        prompt = chat_prompt(
+            self.served,
+            self.replies,
+            messages,
+            tools or None,
+            thinking=thinking,
+            add_generation_prompt=reply,
+            check=False,
         )
-        if reply and not any(segment.is_control for segment in segments):
+        if reply and not any(self.tokenizer.is_control(i) for i in prompt.ids):
             raise TemplateError(
                 f"{self.template.name}: writes none of the tokenizer's control tokens",
                 "The template and the tokenizer files must be of the same checkpoint.",
             )
-        return encode_segments(self.tokenizer, segments), checked.next_call_index
+        return prompt
 
 
 def embedded_folders() -> tuple[Path, Path]:
@@ -310,15 +336,20 @@ def reply_events(
     cancelled: Callable[[], bool] = lambda: False,
     warmup: Warmup | None = None,
 ) -> Iterator[Event | Result]:
-    """`generate` on a conversation, with a status line until the first event.
+    """A reply to a conversation, with a status line until the first event: as the server makes it,
+    with the same constraint on calls, from the tokens that the model sampled before.
 
     warmup: it may be using the session, and gives it back first; if `cancelled` becomes true
         before it does, there are no events, not even a Result.
     """
-    from kimi_cpu.chat.generate import Result, generate
+    from kimi_cpu.chat.generate import Result, drive
+    from kimi_cpu.server.prompts import chat_reply
 
     thinking = False if params.thinking_budget == 0 else None
-    prompt, next_call_index = model.prompt(messages, tools, thinking=thinking)
+    prompt = model.prompt(messages, tools, thinking=thinking)
+    # Grammars come with the extra [server].
+    constrained = importlib.util.find_spec("llguidance") is not None
+    reply = chat_reply(model.served, prompt, params, constrained=constrained)
     status = Status()
     started = time.perf_counter()
 
@@ -330,25 +361,17 @@ def reply_events(
     try:
         if warmup is not None:
             status.show("getting ready ...")
-            if not warmup.finish(prompt, cancelled):
+            if not warmup.finish(prompt.ids, cancelled):
                 return
-        todo = len(prompt) - model.session.common_prefix(prompt)
+        todo = len(prompt.ids) - model.session.common_prefix(prompt.ids)
         status.show(f"reading {todo:,} tokens ...")
         started = time.perf_counter()
-        for event in generate(
-            model.session,
-            model.tokenizer,
-            prompt,
-            params,
-            allow_tools=bool(tools),
-            next_call_index=next_call_index,
-            eos_token_ids=model.engine.config.eos_token_ids,
-            cancelled=cancelled,
-            progress=progress,
-        ):
+        for event in drive(model.session, reply, cancelled=cancelled, progress=progress):
             status.clear()
-            if isinstance(event, Result) and event.usage.completion_tokens > _COMPILING_TOKENS:
-                model.compiled()
+            if isinstance(event, Result):
+                model.replies.remember(prompt.key, event.message, [*reply.prompt, *reply.ids])
+                if event.usage.completion_tokens > _COMPILING_TOKENS:
+                    model.compiled()
             yield event
     finally:
         status.clear()

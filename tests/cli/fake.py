@@ -71,10 +71,11 @@ def script(prompt: str) -> str:
         if os.environ.get("FAKE_LOOP"):
             return think + call("calculator", '{"expression": "1"}', prompt.count("Return of"))
         return f"{think}The tool says {text.splitlines()[-1]}."
+    index = prompt.count("## Return of")
     if found := re.match(r"calc (.*)", text):
-        return think + call("calculator", json.dumps({"expression": found[1]}))
+        return think + call("calculator", json.dumps({"expression": found[1]}), index)
     if text.startswith("weather"):
-        return think + "Looking." + call("get_weather", '{"city": "Paris"}')
+        return think + "Looking." + call("get_weather", '{"city": "Paris"}', index)
     if text.startswith("system?"):
         return think + "System: " + next((t[2] for t in turns if t[1] == "system"), "none")
     if text.startswith("slow"):

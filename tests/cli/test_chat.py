@@ -97,7 +97,8 @@ def test_other_tools_ask_for_a_result(process, home, tmp_path):
 
 def test_a_declared_calculator_replaces_the_built_in_one(process, tmp_path):
     path = tmp_path / "tools.json"
-    path.write_text('[{"type": "function", "function": {"name": "calculator"}}]')
+    function = {"name": "calculator", "parameters": {"type": "object"}}
+    path.write_text(json.dumps([{"type": "function", "function": function}]))
     done = process("chat", "--temp", "0", "--tools", str(path), input="calc 2*3\nseven\n")
     assert "The model calls calculator(2*3)" in done.stderr
     assert done.stdout == "The tool says seven.\n"
