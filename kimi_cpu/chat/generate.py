@@ -28,6 +28,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from kimi_cpu.chat.grammar import DeadEndError
 from kimi_cpu.chat.parser import (
     Content,
     Event,
@@ -237,6 +238,17 @@ def generate(
         next_call_index=next_call_index,
         eos_token_ids=eos_token_ids,
     )
+    yield from drive(session, reply, cancelled=cancelled, progress=progress)
+
+
+def drive(
+    session: SessionLike,
+    reply: Reply,
+    *,
+    cancelled: Callable[[], bool] = lambda: False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Event | Result]:
+    """Make a reply on `session`, as `generate` does."""
 
     def between_layers(done: int, total: int) -> None:
         if progress is not None:
@@ -253,7 +265,10 @@ def generate(
         if cancelled():
             yield from reply.finish("cancelled")
             break
-        yield from reply.feed(logits)
+        try:
+            yield from reply.feed(logits)
+        except DeadEndError:  # the grammar knows no way on
+            yield from reply.finish("length")
         if reply.finish_reason is not None:
             break
         if session.remaining <= 0:
@@ -471,9 +486,7 @@ class Reply:
         return time.perf_counter() - self._started
 
 
-def continued(
-    tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams
-) -> list[int]:
+def continued(tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
     """The prompt that a reply continues: with the reasoning closed when thinking is off."""
     prompt, ids = list(prompt_ids), tokenizer.special_tokens
     off = params.thinking_budget == 0 and supports_thinking(tokenizer)
