@@ -47,6 +47,7 @@ ROUTES = [
     Route("/v1/models/{name:path}", status.model, methods=["GET"]),
     Route("/tokenize", tokens.tokenize, methods=["POST"]),
     Route("/detokenize", tokens.detokenize, methods=["POST"]),
+    Route("/tokenizer_info", tokens.tokenizer_info, methods=["GET"]),
     Route("/health", status.health, methods=["GET"]),
     Route("/metrics", status.metrics, methods=["GET"]),
     Route("/routing", routing.routing, methods=["GET"]),

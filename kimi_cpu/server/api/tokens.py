@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize."""
+"""POST /tokenize and /detokenize, GET /tokenizer_info."""
 
 from __future__ import annotations
 
@@ -53,6 +53,13 @@ async def detokenize(request: Request) -> Response:
             )
     text = await service.in_thread(tokenizer.decode, body.tokens)
     return JSONResponse({"prompt": text, "content": text})
+
+
+async def tokenizer_info(request: Request) -> Response:
+    """The names of some control tokens: with the two above, all that lm-eval needs to know."""
+    known = service_of(request).model.tokenizer.special_tokens
+    names = {"bos_token": "[BOS]", "eos_token": "[EOS]", "pad_token": "[PAD]"}
+    return JSONResponse({field: name if name in known else None for field, name in names.items()})
 
 
 def _ids(model: ServedModel, body: TokenizeRequest) -> list[int]:
