@@ -27,6 +27,7 @@ Peers may live in virtual environments of their own: --python and --ik-python na
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import platform
 import re
@@ -64,17 +65,20 @@ def our_turn(folder: Path, tests: list[Test], threads: int, repetitions: int, se
     from kimi_cpu.engine import Engine
     from kimi_cpu.kernels import isa
 
-    bench = Bench(
-        folder, precision="fast", seed=seed, repetitions=repetitions, cold=False, profile=False,
-        progress=lambda text, complete: None,
-    )  # fmt: skip
-    rows = list(bench.run(tests, [threads]))
-    ids = trace(bench.config.vocab_size, max(test.end for test in tests), seed)
+    config = ModelConfig.load(folder)
+    ids = trace(config.vocab_size, max(test.end for test in tests), seed)
     logits = {}
     with Engine.load(folder, threads=threads) as engine:
         session = engine.session()
         for test in tests:
             logits[test.name] = session.sync(ids[: test.end].tolist()).tolist()
+    del engine, session  # the bench may want all memory for its experts
+    gc.collect()
+    bench = Bench(
+        folder, precision="fast", seed=seed, repetitions=repetitions, cold=False, profile=False,
+        progress=lambda text, complete: None,
+    )  # fmt: skip
+    rows = list(bench.run(tests, [threads]))
     return Turn(
         engine=OURS,
         version=__version__,

@@ -35,7 +35,8 @@ from kimi_cpu.model import Ids, Model
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts.backends import Io
 from kimi_cpu.store.experts.opening import open_experts
-from kimi_cpu.store.experts.residency import ExpertStats, ExpertStore
+from kimi_cpu.store.experts.residency import ExpertStore
+from kimi_cpu.store.experts.stats import ExpertStats
 from kimi_cpu.store.summary import Summary, summarise
 
 #: Told (what is done now, whether one of `count_steps` is complete with it).

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from kimi_cpu.server.prompts import ChatPrompt
     from kimi_cpu.server.replay import Replies
     from kimi_cpu.server.settings import ServedModel
-    from kimi_cpu.store.experts.residency import ExpertStats
+    from kimi_cpu.store.experts.stats import ExpertStats
     from kimi_cpu.tokenizer import Tokenizer
 
 Messages = list[dict[str, Any]]

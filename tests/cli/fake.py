@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from kimi_cpu.errors import ContextError
-from kimi_cpu.store.experts.residency import ExpertStats
+from kimi_cpu.store.experts.stats import ExpertStats
 from kimi_cpu.tokenizer import Tokenizer
 
 _TOOL_CONTROL = [

@@ -21,7 +21,7 @@ from kimi_cpu.errors import ContextError
 from kimi_cpu.sampling import SamplingParams
 from kimi_cpu.server.settings import ServedModel
 from kimi_cpu.store.experts.policy import Frequency
-from kimi_cpu.store.experts.residency import ExpertStats
+from kimi_cpu.store.experts.stats import ExpertStats
 from kimi_cpu.tokenizer import Tokenizer
 from tests.cli import fake
 

@@ -15,7 +15,7 @@ import pytest
 from kimi_cpu.errors import UserError
 from kimi_cpu.server.api import page, routing
 from kimi_cpu.store.experts.policy import Frequency
-from kimi_cpu.store.experts.residency import ExpertStats
+from kimi_cpu.store.experts.stats import ExpertStats
 from tests.server.live import Live, until
 
 
