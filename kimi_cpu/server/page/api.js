@@ -145,9 +145,10 @@ export async function* chat(body, signal, onComment) {
   throw new ServerError(0, "The connection to the server broke.");
 }
 
-/** A message as a sentence: begins large, ends with a full stop. */
+/** A message as a sentence: begins large and ends with a full stop. */
 export function sentence(text) {
   const trimmed = String(text).trim();
-  const begun = trimmed.charAt(0).toUpperCase() + trimmed.slice(1);
+  // Names of fields stay as they are.
+  const begun = /^[a-z]+[ ,]/.test(trimmed) ? trimmed.charAt(0).toUpperCase() + trimmed.slice(1) : trimmed;
   return /[.!?]$/.test(begun) ? begun : `${begun}.`;
 }

@@ -2,8 +2,9 @@
 // as HTML, and links lead to http(s) and mail only.
 
 /** How far the end of an emphasis, a link or a formula is looked for; bounds the time. */
-const WINDOW = 4000;
+const WINDOW = 2000;
 const DEPTH = 6;
+const COLUMNS = 50;
 
 /** Draws a growing text, and keeps what has not changed since the last time. */
 export class Markdown {
@@ -24,12 +25,18 @@ export class Markdown {
   }
 }
 
-const FENCE = /^( {0,3})(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
 const RULE = /^ {0,3}([-*_])[ \t]*(?:\1[ \t]*){2,}$/;
 const ITEM = /^(\s*)([-*+]|\d{1,9}[.)])(\s+|$)/;
 const QUOTE = /^ {0,3}> ?/;
 const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+
+/** {indent, mark, language} if code begins with this line. */
+function fence(line) {
+  const match = /^( {0,3})(`{3,}|~{3,})(.*)$/.exec(line);
+  if (!match || (match[2][0] === "`" && match[3].includes("`"))) return null;
+  return { indent: match[1].length, mark: match[2], language: match[3].trim().split(/\s/)[0].slice(0, 40) };
+}
 
 /** Lines -> [{kind, source, ...}]. */
 function blocks(lines) {
@@ -44,12 +51,11 @@ function blocks(lines) {
     }
     const block = {};
     let match;
-    if ((match = FENCE.exec(line))) {
-      const close = new RegExp(`^ {0,3}${match[2][0] === "`" ? "`" : "~"}{${match[2].length},}\\s*$`);
-      const indent = match[1].length;
-      for (i++; i < lines.length && !close.test(lines[i]); i++);
+    if ((match = fence(line))) {
+      const { indent, mark, language } = match;
+      for (i++; i < lines.length && !closes(lines[i], mark); i++);
       const inside = lines.slice(begin + 1, i).map((one) => unindented(one, indent));
-      Object.assign(block, { kind: "code", language: match[3], text: inside.join("\n") });
+      Object.assign(block, { kind: "code", language, text: inside.join("\n") });
       i++;
     } else if ((match = HEADING.exec(line))) {
       Object.assign(block, { kind: "heading", level: match[1].length, text: match[2] });
@@ -76,8 +82,13 @@ function blocks(lines) {
   return result;
 }
 
+function closes(line, mark) {
+  const text = line.trim();
+  return text.length >= mark.length && text === mark[0].repeat(text.length);
+}
+
 function interrupts(line) {
-  return !line.trim() || [FENCE, HEADING, RULE, QUOTE, ITEM].some((start) => start.test(line));
+  return !line.trim() || fence(line) !== null || [HEADING, RULE, QUOTE, ITEM].some((start) => start.test(line));
 }
 
 /** A list from line `begin`; returns the line after it. */
@@ -88,10 +99,10 @@ function list(lines, begin, block) {
   const items = [];
   let width = 0;
   let i = begin;
-  let fence = null;
+  let open = null; // the fence of code within an item
   for (; i < lines.length; i++) {
     const line = lines[i];
-    const match = fence ? null : ITEM.exec(line);
+    const match = open ? null : ITEM.exec(line);
     const indent = /^\s*/.exec(line)[0].length;
     if (match && match[1].length < base + 2 && match[1].length >= base - 1) {
       if (/\d/.test(match[2]) !== ordered) break;
@@ -99,15 +110,16 @@ function list(lines, begin, block) {
       items.push([line.slice(width)]);
     } else if (!line.trim()) {
       const next = lines.slice(i + 1, i + 3).find((one) => one.trim());
-      if (!fence && next !== undefined && !ITEM.test(next) && /^\s*/.exec(next)[0].length < base + 2) break;
+      if (!open && next !== undefined && !ITEM.test(next) && /^\s*/.exec(next)[0].length < base + 2) break;
       items.at(-1).push("");
-    } else if (fence || indent >= base + 2 || (lines[i - 1].trim() && !interrupts(line))) {
+    } else if (open || indent >= base + 2 || (lines[i - 1].trim() && !interrupts(line))) {
       items.at(-1).push(unindented(line, width));
     } else {
       break;
     }
-    const opened = FENCE.exec(items.at(-1).at(-1));
-    if (opened) fence = fence ? null : opened[2];
+    const added = items.at(-1).at(-1);
+    if (open === null) open = fence(added)?.mark ?? null;
+    else if (closes(added, open)) open = null;
   }
   Object.assign(block, { kind: ordered ? "ol" : "ul", start: parseInt(first[2], 10), items });
   return i;
@@ -130,22 +142,22 @@ function element(block, depth) {
       return codeBlock(block.text, block.language);
     case "heading":
       // The page's own headings are h1 and h2.
-      return made(`h${Math.min(block.level + 2, 6)}`, ...inline(block.text));
+      return made(`h${Math.min(block.level + 2, 6)}`, inline(block.text));
     case "rule":
       return made("hr");
     case "quote":
-      return made("blockquote", ...nested(block.lines, depth));
+      return made("blockquote", nested(block.lines, depth));
     case "table":
       return table(block);
     case "ol":
     case "ul": {
-      const items = block.items.map((lines) => made("li", ...nested(lines, depth, true)));
-      const result = made(block.kind, ...items);
+      const items = block.items.map((lines) => made("li", nested(lines, depth, true)));
+      const result = made(block.kind, items);
       if (block.kind === "ol" && block.start !== 1) result.start = block.start;
       return result;
     }
     default:
-      return made("p", ...inline(block.text));
+      return made("p", inline(block.text));
   }
 }
 
@@ -160,13 +172,13 @@ function nested(lines, depth, item = false) {
 
 function table({ rows, right }) {
   const line = (tag) => (row) =>
-    made("tr", ...rows[0].map((_, i) => {
-      const cell = made(tag, ...inline(row[i] ?? ""));
+    made("tr", rows[0].slice(0, COLUMNS).map((_, i) => {
+      const cell = made(tag, inline(row[i] ?? ""));
       if (right[i]) cell.className = "right";
       return cell;
     }));
-  const inside = made("table", made("thead", line("th")(rows[0])), made("tbody", ...rows.slice(1).map(line("td"))));
-  const frame = made("div", inside);
+  const parts = [made("thead", [line("th")(rows[0])]), made("tbody", rows.slice(1).map(line("td")))];
+  const frame = made("div", [made("table", parts)]);
   frame.className = "table";
   frame.tabIndex = 0; // scrolled by keyboard
   frame.setAttribute("role", "group");
@@ -176,25 +188,27 @@ function table({ rows, right }) {
 
 /** Code with its language and a button that copies it. */
 export function codeBlock(text, language = "") {
-  const pre = made("pre", made("code", text));
+  const pre = made("pre", [made("code", [text])]);
   pre.tabIndex = 0;
-  const copy = made("button", "Copy");
+  const copy = made("button", ["Copy"]);
   copy.type = "button";
   copy.className = "link";
   copy.dataset.copy = "";
-  const frame = made("div", made("div", made("span", language || "text"), copy), pre);
+  const frame = made("div", [made("div", [made("span", [language || "text"]), copy]), pre]);
   frame.className = "code-block";
   return frame;
 }
 
-function made(tag, ...children) {
+function made(tag, children = []) {
   const result = document.createElement(tag);
-  result.append(...children);
+  // One by one: a call cannot have as many arguments as a text may have parts.
+  for (const child of children) result.append(child);
   return result;
 }
 
 const MARKS = /[\\`*_~[$h\n]/g;
 const PAIRS = [
+  ["***", "em", "strong"],
   ["**", "strong"],
   ["__", "strong"],
   ["~~", "s"],
@@ -238,10 +252,12 @@ function special(text, i, depth) {
   if (c === "$" || c === "\\") return formula(text, i) || escaped(text, i);
   if (c === "[") return link(text, i, depth);
   if (c === "h") return address(text, i);
-  for (const [mark, tag] of PAIRS) {
+  for (const [mark, ...tags] of PAIRS) {
     if (!text.startsWith(mark, i)) continue;
     const end = closing(text, i, mark);
-    if (end > 0) return [made(tag, ...inline(text.slice(i + mark.length, end), depth + 1)), end + mark.length];
+    if (end < 0) continue;
+    const inside = inline(text.slice(i + mark.length, end), depth + 1);
+    return [tags.reduce((children, tag) => [made(tag, children)], inside)[0], end + mark.length];
   }
   return null;
 }
@@ -272,7 +288,7 @@ function code(text, i) {
     if (text[after] !== "`") {
       const inside = text.slice(i + ticks.length, end).replaceAll("\n", " ");
       const bare = /^ .*[^ ].* $/.test(inside) ? inside.slice(1, -1) : inside;
-      return [made("code", bare), after];
+      return [made("code", [bare]), after];
     }
     while (text[after] === "`") after++;
     end = after;
@@ -286,7 +302,7 @@ function formula(text, i) {
     if (!text.startsWith(open, i)) continue;
     const end = text.slice(i + open.length, i + WINDOW).indexOf(close);
     if (end < 1) continue;
-    const result = made("span", text.slice(i + open.length, i + open.length + end).trim());
+    const result = made("span", [text.slice(i + open.length, i + open.length + end).trim()]);
     result.className = "formula";
     return [result, i + open.length + end + close.length];
   }
@@ -311,10 +327,17 @@ function address(text, i) {
   if (/[\p{L}\p{N}]/u.test(text[i - 1] ?? "")) return null;
   const match = /^https?:\/\/[^\s<>"'`*|]{1,2000}/.exec(text.slice(i, i + 2010));
   if (!match) return null;
-  let shown = match[0].replace(/[.,;:!?]+$/, "");
-  if (!shown.includes("(")) shown = shown.replace(/\)+$/, "");
+  let shown = match[0];
+  // What ends the sentence, or the parentheses around, is not part of it.
+  while (/[.,;:!?]$/.test(shown) || (shown.endsWith(")") && times(shown, ")") > times(shown, "("))) {
+    shown = shown.slice(0, -1);
+  }
   const target = safe(shown);
   return target ? [anchor(target, [shown]), i + shown.length] : null;
+}
+
+function times(text, part) {
+  return text.split(part).length - 1;
 }
 
 function safe(address) {
@@ -327,7 +350,7 @@ function safe(address) {
 }
 
 function anchor(target, children) {
-  const result = made("a", ...children);
+  const result = made("a", children);
   result.href = target;
   result.target = "_blank";
   result.rel = "noopener noreferrer nofollow";

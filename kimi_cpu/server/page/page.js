@@ -44,9 +44,10 @@ let becameReady;
 let ready = new Promise((resolve) => (becameReady = resolve));
 
 async function watch() {
-  for (;;) {
-    if (!document.hidden || server.status !== "ready") await look();
-    await new Promise((done) => setTimeout(done, server.status === "ready" ? 15_000 : 1500));
+  for (let i = 0; ; i++) {
+    const due = server.status !== "ready" || i % 10 === 0;
+    if (due && !document.hidden) await look();
+    await new Promise((done) => setTimeout(done, 1500));
   }
 }
 
@@ -58,6 +59,7 @@ async function look() {
     await welcome();
   } else if (server.status !== "ready" && before === "ready") {
     ready = new Promise((resolve) => (becameReady = resolve));
+    map.show(false);
   }
   drawState();
 }
@@ -318,14 +320,18 @@ async function reply() {
   let waiting = server.status === "ready" ? "Sent" : "Waiting for the model";
   let frame = 0;
   let [tokens, first, savedAt] = [0, 0, Date.now()];
+  let rest = 0; // until then the page does something else than drawing
   const draw = () => {
+    const begun = performance.now();
     frame = 0;
+    if (begun < rest) return void (frame = requestAnimationFrame(draw));
     if (current !== chat) return;
     const busy = turn.content || turn.tool_calls;
     view.update({ live: true, waiting: busy ? "" : turn.reasoning_content ? "" : waiting });
     const elapsed = (performance.now() - first) / 1000;
     if (tokens > 2 && elapsed > 0.2) drawFigures(null, { tps: (tokens - 1) / elapsed });
     toEnd();
+    rest = performance.now() + 2 * (performance.now() - begun);
   };
   const soon = () => (frame ||= requestAnimationFrame(draw));
   soon();
@@ -342,8 +348,10 @@ async function reply() {
       if (chunk.model) turn.model = chunk.model;
       const choice = chunk.choices[0];
       if (choice) {
-        if (add(turn, choice.delta)) first ||= (tokens++, performance.now());
-        if (first && tokens) tokens += 1;
+        if (add(turn, choice.delta)) {
+          first ||= performance.now();
+          tokens += 1;
+        }
         if (choice.finish_reason) turn.finish = choice.finish_reason;
       }
       if (current === chat && Date.now() - savedAt > SAVE_EVERY_MS) {
@@ -360,7 +368,7 @@ async function reply() {
       turn.error = "The page could not read the reply.";
     }
     if (error.status === 401) askKey(key.get() ? "The key was not accepted." : "");
-    if (error.status === 0) look();
+    if (error.status !== 400) look();
   }
   cancelAnimationFrame(frame);
   if (running === mine) running = null;
@@ -558,6 +566,7 @@ setUpChrome({
     KeyG: () => showRouting(!routingShown()),
   },
 });
+document.addEventListener("visibilitychange", () => document.hidden || look());
 window.addEventListener("pagehide", () => running && chats.save(current));
 showRouting(routingShown());
 const last = chats.load(remembered("kimi-cpu.open"));
