@@ -18,6 +18,8 @@ __all__ = ["Metrics", "Running", "Settings", "Worker", "is_loopback", "make_app"
 
 #: Connections at once; further ones get 503. Each request in the queue holds one.
 MAX_CONNECTIONS = 1024
+#: How long a connection may stay unused: agents run their tools between two requests.
+KEEP_ALIVE_S = 75
 #: After the last reply, how long clients may take to read the end of it.
 GRACE_S = 2.0
 
@@ -36,6 +38,7 @@ class Running(uvicorn.Server):
                 server_header=False,
                 ws="none",
                 limit_concurrency=MAX_CONNECTIONS,
+                timeout_keep_alive=KEEP_ALIVE_S,
                 timeout_graceful_shutdown=int(settings.shutdown_s + GRACE_S),
             )
         )
