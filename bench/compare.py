@@ -244,7 +244,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-t", "--threads", type=int, default=hardware.default_threads())
     parser.add_argument("--seed", type=int, default=0, help="of the token ids")
     parser.add_argument("--trunk", help=f"the GGUF files': {', '.join(TRUNKS)} (default: as -m)")
-    parser.add_argument("--engines", default=",".join(ENGINES), help=f"of {', '.join(ENGINES)}")
+    usual = ",".join(engine for engine in ENGINES if "--no-repack" not in engine)
+    parser.add_argument("--engines", default=usual, help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--python", default=sys.executable, help="has llama-cpp-python and gguf")
     parser.add_argument("--ik-python", help="has ik-llama-cpp-python, if not --python")
     parser.add_argument(

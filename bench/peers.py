@@ -34,10 +34,12 @@ class Peer:
     settings: str
 
 
-#: llama.cpp repacks Q4_0 while loading by default; ik_llama.cpp does it on request, which takes
-#: twice the time to load and rules mmap out.
+#: llama.cpp repacks Q4_0 while loading by default, into memory of its own: where that does not hold
+#: the file, only --no-repack runs. ik_llama.cpp does it on request, which takes twice the time to
+#: load and rules mmap out.
 PEERS = {
     "llama.cpp": Peer("llama-cpp-python", "-fa auto -ub 512"),
+    "llama.cpp --no-repack": Peer("llama-cpp-python", "-fa auto -ub 512 --no-repack"),
     "ik_llama.cpp": Peer("ik-llama-cpp-python", "-mla 3 -fa 1 -fmoe 1 -ub 512"),
     "ik_llama.cpp -rtr 1": Peer("ik-llama-cpp-python", "-mla 3 -fa 1 -fmoe 1 -rtr 1 -ub 512"),
 }
@@ -57,6 +59,7 @@ class Llama:
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
         model.n_gpu_layers = 0
+        model.use_extra_bufts = not spec["engine"].endswith("--no-repack")
         self._model = _loaded(llama_cpp.llama_model_load_from_file(path.encode(), model), path)
         self._n_vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
         context = llama_cpp.llama_context_default_params()
@@ -194,7 +197,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     token's of each test).
     """
     engine, ids = spec["engine"], spec["ids"]
-    make = Llama if engine == "llama.cpp" else IkLlama
+    make = Llama if engine.startswith("llama.cpp") else IkLlama
     package = PEERS[engine].package
     peer = make(spec, -(-len(ids) // 256) * 256)
     seconds: dict[str, list[float]] = {}
