@@ -1,9 +1,9 @@
 """Write what LLVM makes of a kernel's inner code for any instruction set.
 
-    python -m tools.kernel_asm --isa neon gemm.gemm_tile 4 0
+    python -m tools.kernel_asm --isa neon q8.rows_q8 3 0 2
 
-compiles the intrinsic `gemm_tile` of `kimi_cpu/kernels/gemm.py`, with its literal arguments 4 and
-0, for 64-bit ARM with `sdot`, whatever machine this is, and prints the assembly. The same passes
+compiles the intrinsic `rows_q8` of `kimi_cpu/kernels/q8.py`, with its literal arguments 3, 0 and
+2, for 64-bit ARM with `sdot`, whatever machine this is, and prints the assembly. The same passes
 run as when Numba compiles, so what is read here is what that machine executes.
 """
 

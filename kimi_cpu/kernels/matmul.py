@@ -34,7 +34,7 @@ STREAMS = 8 if REGISTERS == 32 else 4
 TILE_ROWS = TILE_TOKENS = 4 if REGISTERS == 32 else 2
 #: Rows whose weights stay in the L2 cache while all tokens pass by.
 ROW_BLOCK = 32
-#: From so many tokens on, unpacking a panel of quantised weights pays.
+#: From so many tokens on, turning published rows to the packed order first pays.
 GEMM_TOKENS = 17 if VARIANT == "avx512vnni" else 5
 
 
@@ -99,17 +99,16 @@ def dot_rows(  # type: ignore[no-untyped-def]
 ):
     """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop.
 
-    For packed weights start is a multiple of 16.
+    For packed weights start is a multiple of 16. x: float32; with a kind + WITH_Q8 packed int8
+    activations, or rounded to bf16 for bf16 weights.
     """
     if kind == KIND_BF16 + WITH_Q8:
         bf16_rows(x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop)
         return
     n, is_q8 = p_stop - p_start, kind >= WITH_Q8
     stored = kind - WITH_Q8 if is_q8 else kind
-    if is_q8 and n >= GEMM_TOKENS:
-        gemm_rows(
-            stored, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop,
-        )  # fmt: skip
+    if is_q8 and stored == KIND_INT4 and n >= GEMM_TOKENS:
+        gemm_rows(x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop)
         return
     if is_q8:
         few_rows(

@@ -6,8 +6,8 @@ a group is 4 vectors of nibbles (8 of int8), each multiplied with 4 even and 4 o
 every token, and no sum across lanes is needed.
 
 A result is the sum, in the order of the groups, of (the group's exact integer dot product * weight
-scale), rounded, * activation scale. `gemm` adds in this order, too: a result depends neither on how
-many tokens are computed together, nor on the layout, nor on the range of rows.
+scale), rounded, * activation scale. It depends neither on how many tokens are computed together,
+nor on the layout, nor on the range of rows.
 """
 
 from __future__ import annotations
@@ -44,13 +44,15 @@ FOUR_ROWS_TOKENS = 2
 #: Row blocks of packed weights that one token, and few, read side by side: more hide the memory's
 #: latency, fewer do not crowd the L1 cache.
 STREAMS, FEW_STREAMS, FEW_TOKENS = 4, 2, 2
+#: Rows whose weights stay in the L2 cache while all tokens pass by.
+ROW_BLOCK = 64
 #: How far ahead memory is asked for: of packed weights by the number of streams, and of published
 #: rows that are read side by side.
 PREFETCH_BYTES, PREFETCH_ROW_BYTES = {4: 768, 2: 2304, 1: 4608}, 768
 _BYTES = vec(I8, 64)
 
 
-def scales_table(e: Emit, at: list[Any], n_groups: Any, table: Any, step: int) -> None:
+def _scales_table(e: Emit, at: list[Any], n_groups: Any, table: Any) -> None:
     """Up to 16 groups' bf16 scales of 16 rows as float32, rows in the lanes, a group a vector.
 
     at: addresses of the rows' first scales; n_groups: how many exist (may be more than 16).
@@ -59,7 +61,7 @@ def scales_table(e: Emit, at: list[Any], n_groups: Any, table: Any, step: int) -
     bits = [e.b.zext(e.load_masked(vec(I16), a, mask), I32x16) for a in at]
     for g, column in enumerate(e.transpose(bits)):
         value = e.b.bitcast(e.b.shl(column, const(I32x16, 16)), F32x16)
-        e.store(value, table, g * step)
+        e.store(value, table, 64 * g)
 
 
 def rows_to_lanes(e: Emit, at: list[Any]) -> list[Any]:
@@ -81,10 +83,11 @@ class _Weights:
     """
 
     def __init__(
-        self, e: Emit, kind: int, w: Any, scale: Any, d: Any, rows: list[Any], last: Any
-    ) -> None:
+        self, e: Emit, kind: int, w: Any, scale: Any, d: Any, rows: list[Any], last: Any,
+        in_cache: bool,
+    ) -> None:  # fmt: skip
         """rows: where the row vectors start; published rows past `last` repeat it."""
-        self.e, self.kind, self.rows = e, kind, rows
+        self.e, self.kind, self.rows, self.in_cache = e, kind, rows, in_cache
         b = e.b
         if kind == KIND_INT4:
             (row,) = rows
@@ -107,7 +110,7 @@ class _Weights:
         e, b = self.e, self.e.b
         if self.kind != KIND_INT4:
             self.here = [e.add(at, e.mul(turn, self.size)) for at in self.at]
-            for at in self.here:
+            for at in () if self.in_cache else self.here:
                 for line in range(0, self.size, 64):
                     e.prefetch(at, PREFETCH_BYTES[len(self.at)] + line)
             return
@@ -119,7 +122,7 @@ class _Weights:
         inside = b.and_(turn, e.i64(15))
         with b.if_then(b.icmp_signed("==", inside, e.i64(0))):
             ahead = [e.add(at, e.mul(turn, 2)) for at in self.scale_at]
-            scales_table(e, ahead, b.sub(self.n_groups, turn), self.table, 64)
+            _scales_table(e, ahead, b.sub(self.n_groups, turn), self.table)
         self.scale_here = e.add(self.table, e.mul(inside, 64))
 
     def pairs(self, vector: int, group: int) -> list[tuple[Any, Any]]:
@@ -150,11 +153,23 @@ def _streams(kind: int, tokens: int) -> int:
     return STREAMS if tokens == 1 else FEW_STREAMS if tokens <= FEW_TOKENS else 1
 
 
-def _emit_tile(e: Emit, weights: _Weights, x: list[Any], out: list[Any], stop: Any) -> None:
-    """out[c][r] = w[r] . x[c] for the rows of the weights, from `stop` on none; addresses."""
+def _emit_tile(
+    e: Emit, weights: _Weights, x: list[Any], out: list[Any], stop: Any, adds: Any
+) -> None:
+    """out[c][r] = w[r] . x[c] for the rows of the weights, from `stop` on none; addresses.
+
+    Sums start at what `out` holds, if `adds`, an i1.
+    """
     b = e.b
     shift = 4 if weights.groups_a_turn == 1 else 3
+    masks = [e.lanes_below(b.sub(stop, row)) for row in weights.rows]
+    places = [[e.add(at, e.mul(row, 4)) for at in out] for row in weights.rows]
     acc = [[e.variable(const(F32x16, 0.0)) for _ in x] for _ in weights.rows]
+    for mask, at_row, slots in zip(masks, places, acc, strict=True):
+        for at, slot in zip(at_row, slots, strict=True):
+            e.set(slot, const(F32x16, 0.0))
+            with b.if_then(adds):
+                e.set(slot, e.load_masked(F32x16, at, mask))
     with e.loop(0, weights.turns) as turn:
         weights.start(turn)
         part = e.mul(b.lshr(turn, e.i64(shift)), PACK_BYTES)
@@ -185,35 +200,38 @@ def _emit_tile(e: Emit, weights: _Weights, x: list[Any], out: list[Any], stop: A
                     scaled = b.fmul(b.sitofp(total[c], F32x16), w_scale)
                     x_scale = e.load_splat(FLOAT, e.add(at, number), PACK_SCALES + 4 * group)
                     e.set(slots[c], e.fma(scaled, x_scale, e.get(slots[c])))
-    for row, slots in zip(weights.rows, acc, strict=True):
-        mask = e.lanes_below(b.sub(stop, row))
-        for at, slot in zip(out, slots, strict=True):
-            e.store_masked(e.get(slot), e.add(at, e.mul(row, 4)), mask)
+    for mask, at_row, slots in zip(masks, places, acc, strict=True):
+        for at, slot in zip(at_row, slots, strict=True):
+            e.store_masked(e.get(slot), at, mask)
 
 
 @literal_intrinsic
 def rows_q8(
-    typingctx: Any, kind: Any, tokens: Any, x: Any, x_stride: Any, index: Any, p: Any, out: Any,
-    out_stride: Any, w: Any, scale: Any, d: Any, start: Any, stop: Any,
+    typingctx: Any, kind: Any, cached: Any, tokens: Any, x: Any, x_stride: Any, index: Any, p: Any,
+    out: Any, out_stride: Any, w: Any, scale: Any, d: Any, start: Any, stop: Any, adds: Any,
 ) -> Any:  # fmt: skip
     """out[p + c, r] = w[r] . x[index[p + c]], 0 <= c < tokens, start <= r < stop.
 
-    kind is a literal; tokens one of TILES, and may be a literal. x: packed activations; addresses
+    Sums start at what `out` holds, if `adds` is not 0.
+
+    kind and cached are literals, cached 1 for weights in the L1 cache, which need no streams and
+    no prefetching; tokens is one of TILES, and may be a literal. x: packed activations; addresses
     and strides in bytes. For packed weights start is a multiple of 16.
     """
-    stored = kind.literal_value
+    stored, in_cache = kind.literal_value, bool(cached.literal_value)
     sizes = list(TILES) if stored != KIND_INT4 else [n for n in TILES if n > FOUR_ROWS_TOKENS]
     if isinstance(tokens, types.IntegerLiteral):
         sizes = [tokens.literal_value]
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
-        tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop = args[1:]
+        tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop, adds = args[2:]
+        adds = b.icmp_signed("!=", adds, e.i64(0))
         last = e.add(start, b.and_(b.sub(b.sub(stop, e.i64(1)), start), e.i64(-LANES)))
         blocks = e.add(b.lshr(b.sub(last, start), e.i64(4)), 1)
 
         def tiles(n_tokens: int) -> None:
-            n_streams = _streams(stored, n_tokens)
+            n_streams = 1 if in_cache else _streams(stored, n_tokens)
             xs, outs = [], []
             for c in range(n_tokens):
                 token = e.add(p, c)
@@ -223,15 +241,15 @@ def rows_q8(
             step = e.mul(b.udiv(e.add(blocks, n_streams - 1), e.i64(n_streams)), LANES)
             with e.loop(start, e.add(start, step), LANES) as row:
                 rows = [e.min(e.add(row, e.mul(step, v)), last) for v in range(n_streams)]
-                weights = _Weights(e, stored, w, scale, d, rows, b.sub(stop, e.i64(1)))
-                _emit_tile(e, weights, xs, outs, stop)
+                weights = _Weights(e, stored, w, scale, d, rows, b.sub(stop, e.i64(1)), in_cache)
+                _emit_tile(e, weights, xs, outs, stop, adds)
 
         for size in sizes:
             with b.if_then(b.icmp_signed("==", tokens, e.i64(size))):
                 tiles(size)
         return context.get_dummy_value()
 
-    return types.void(kind, tokens, *[types.int64] * 11), codegen
+    return types.void(kind, cached, tokens, *[types.int64] * 12), codegen
 
 
 @literal_intrinsic
@@ -283,33 +301,63 @@ def _published_rows(  # type: ignore[no-untyped-def]
 
 
 @jit
+def tile_of(n):  # type: ignore[no-untyped-def]
+    """The largest of TILES up to n."""
+    tokens = 1
+    for size in TILES:
+        if size <= n:
+            tokens = size
+    return tokens
+
+
+@jit
+def _tile_rows(  # type: ignore[no-untyped-def]
+    kind, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop
+):
+    if kind == KIND_PACKED4:
+        rows_q8(
+            KIND_PACKED4, 0, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start,
+            stop, 0,
+        )  # fmt: skip
+    elif kind == KIND_PACKED8:
+        rows_q8(
+            KIND_PACKED8, 0, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start,
+            stop, 0,
+        )  # fmt: skip
+    elif tokens <= FOUR_ROWS_TOKENS:
+        _published_rows(tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop)
+    else:
+        rows_q8(
+            KIND_INT4,
+            0,
+            tokens,
+            x,
+            x_stride,
+            index,
+            p,
+            out,
+            out_stride,
+            w,
+            scale,
+            d,
+            start,
+            stop,
+            0,
+        )
+
+
+@jit
 def few_rows(  # type: ignore[no-untyped-def]
     kind, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
 ):
     """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop; as `rows_q8`."""
-    p = p_start
-    while p < p_stop:
-        n = p_stop - p
-        tokens = 1
-        for size in TILES:
-            if size <= n:
-                tokens = size
-        if kind == KIND_PACKED4:
-            rows_q8(
-                KIND_PACKED4, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start,
-                stop,
-            )  # fmt: skip
-        elif kind == KIND_PACKED8:
-            rows_q8(
-                KIND_PACKED8, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start,
-                stop,
-            )  # fmt: skip
-        elif tokens <= FOUR_ROWS_TOKENS:
-            _published_rows(
-                tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop
+    size = stop - start if p_stop - p_start <= TILES[-1] else ROW_BLOCK
+    for block in range(start, stop, size):
+        last = min(block + size, stop)
+        p = p_start
+        while p < p_stop:
+            tokens = tile_of(p_stop - p)
+            _tile_rows(
+                kind, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, block, last
             )
-        else:
-            rows_q8(
-                KIND_INT4, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop
-            )  # fmt: skip
-        p += tokens
+            p += tokens

@@ -183,33 +183,31 @@ class Code(NamedTuple):
     Attributes:
         dot: the instruction, a pattern of how LLVM writes it.
         parts: how many of them make one of 16 lanes.
-        tokens: of a GEMM tile.
-        few: of the largest tile straight from the weights.
+        tokens: of the largest tile.
         never: what may not occur: another variant's way.
     """
 
     dot: str
     parts: int
     tokens: int
-    few: int
     never: str
 
 
 CODE = {
-    "avx512vnni": Code("^vpdpbusd .*%zmm", 1, 4, 8, "vpmaddubsw"),
-    "avxvnni": Code("^{vex} vpdpbusd .*%ymm", 2, 4, 4, r"zmm|vpmaddubsw|\n\tvpdpbusd"),
-    "avx2": Code("vpmaddubsw", 2, 2, 2, "zmm|vpdpbusd"),
-    "neon": Code("sdot v", 4, 2, 2, r"smull|\bz\d+\."),
+    "avx512vnni": Code("^vpdpbusd .*%zmm", 1, 8, "vpmaddubsw"),
+    "avxvnni": Code("^{vex} vpdpbusd .*%ymm", 2, 4, r"zmm|vpmaddubsw|\n\tvpdpbusd"),
+    "avx2": Code("vpmaddubsw", 2, 2, "zmm|vpdpbusd"),
+    "neon": Code("sdot v", 4, 2, r"smull|\bz\d+\."),
 }
 
 
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("variant", CODE)
 def test_inner_loops_are_dot_products(variant, bits):
-    """The tiles of many, one and few tokens: one loop, nothing called, hardly a register spilt."""
+    """The tiles of one and of several tokens: one loop, nothing called, hardly a register spilt."""
     code = CODE[variant]
-    kernels = [("gemm.gemm_tile", (code.tokens, int(bits == 8)))]
-    kernels += [("q8.rows_q8", (3 if bits == 4 else 4, n)) for n in (1, code.few)]
+    kernels = [("q8.rows_q8", (3 if bits == 4 else 4, 0, 1))]
+    kernels += [("q8.rows_q8", (3 if bits == 4 else 4, 1, code.tokens))]
     for (name, literals), text in zip(kernels, assemblies(variant, *kernels), strict=True):
         assert not re.search(code.never, text), name
         assert not re.search(r"\tcall|\tbl\t", text), f"{name} calls"
@@ -217,9 +215,8 @@ def test_inner_loops_are_dot_products(variant, bits):
         assert inner.found == inner.in_all, f"{name}: all in one loop"
         label, last = inner.instructions[0].partition(":")[0], inner.instructions[-1]
         assert last.endswith(label) and last.split()[0] not in ("b", "jmp"), f"{name}: no loop"
-        if name == "gemm.gemm_tile":
-            vectors = 2 if variant == "avx512vnni" else 1
-            assert inner.found == 8 * code.tokens * vectors * code.parts
+        if literals[1] == 1:  # one row vector: two groups of 8 dot products a token
+            assert inner.found == 2 * 8 * code.tokens * code.parts
         # `vpmaddubsw` is half of a dot product and needs registers between; one token waits for
         # the memory, not for the cache
         few = 0.3 if variant == "avx2" or literals[-1] == 1 else 0.11
@@ -227,15 +224,16 @@ def test_inner_loops_are_dot_products(variant, bits):
 
 
 def test_arm_repeats_four_bytes_in_the_instruction():
-    (text,) = assemblies("neon", ("gemm.gemm_tile", (2, 0)))
-    assert len(re.findall(r"sdot\tv\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]", text)) == 64
-    assert len(re.findall(r"fmla\tv\d+\.4s", text)) == 8
+    (text,) = assemblies("neon", ("q8.rows_q8", (3, 1, 2)))
+    # 2 groups, 8 dot products, 4 registers, 2 tokens
+    assert len(re.findall(r"sdot\tv\d+\.4s, v\d+\.16b, v\d+\.4b\[\d\]", text)) == 128
+    assert len(re.findall(r"fmla\tv\d+\.4s", text)) == 16
 
 
 #: Every other kind of inner code, with its literal arguments.
 OTHERS = [
-    ("matmul.dot_tile", (4, 1)), ("matmul.dot_tile", (2, 4)), ("gemm.fill_int4", ()),
-    ("gemm.fill_packed", (4,)), ("q8.rows_q8", (2, 4)), ("q8.four_rows_q8", (2,)),
+    ("matmul.dot_tile", (4, 1)), ("matmul.dot_tile", (2, 4)), ("gemm.fill_blocks", ()),
+    ("q8.rows_q8", (2, 0, 4)), ("q8.four_rows_q8", (2,)),
     ("packed._tile_f32", (8, 4)), ("int4._pack_group", ()),
     ("attention_tile.scores_tile", (0,)), ("attention_tile.values_tile", (0,)),
     ("attention_tile.softmax_block", (0,)), ("attention_absorb._weighted_rows", (1, 4)),
