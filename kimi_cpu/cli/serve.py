@@ -154,14 +154,17 @@ def _listen(host: str, port: int) -> socket.socket:
 def _load(
     folder: Path, threads: int | None, precision: str, phase: Callable[[str], None]
 ) -> ServedModel:
+    from kimi_cpu.server.ceiling import ceiling_tps
     from kimi_cpu.server.settings import ServedModel
 
     phase("weights")
     defaults = common.sampling_params(folder)
     loaded = common.load_model(folder, threads, precision)
+    phase("memory speed")
     return ServedModel(
-        loaded.name, loaded.engine, loaded.tokenizer, loaded.template, defaults, loaded.compiled
-    )
+        loaded.name, loaded.engine, loaded.tokenizer, loaded.template, defaults, loaded.compiled,
+        ceiling_tps(folder, loaded.engine.threads),
+    )  # fmt: skip
 
 
 def _log_to_stderr() -> None:

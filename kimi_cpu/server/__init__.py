@@ -4,6 +4,8 @@
     security.py   who may ask: API key, Host, Origin
     sse.py        streams that outlive slow prompts and notice clients that leave
     api/          one file an endpoint: what comes in, what goes out
+    page/         the chat page: plain files, served by api/page.py
+    ceiling.py    what the machine's memory allows a reply
     prompts.py    conversation -> token ids; replay.py finds the model's own tokens again
     worker.py     the inference thread: loads the model, runs the scheduler
     scheduler.py  whose turn it is: slices of prompts, then one token for every reply

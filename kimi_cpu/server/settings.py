@@ -46,6 +46,7 @@ class ServedModel:
 
     defaults: the sampling parameters that the checkpoint recommends.
     compiled: called once when all that a reply needs has been compiled.
+    ceiling_tps: tokens a second that the machine's memory allows a reply, where that is the limit.
     """
 
     name: str
@@ -54,6 +55,7 @@ class ServedModel:
     template: ChatTemplate
     defaults: SamplingParams
     compiled: Callable[[], None] = lambda: None
+    ceiling_tps: float | None = None
 
     @property
     def context(self) -> int:

@@ -523,7 +523,7 @@ def test_the_picture_of_the_routing(chromium, nano):
     until(lambda: lit(page) > 100)
     page.wait()
     assert "= 42." in page.one(".reply > .prose").text
-    assert "tokens computed" in page.one("#map-text").text
+    assert "% in memory" in page.one("#map-text").text
     until(lambda: lit(page) == 0)  # it fades
     page.press("Show the routing")
     until(lambda: nano.app.state.routing_streams.open == 0)

@@ -21,7 +21,10 @@ async def health(request: Request) -> Response:
     worker = service.worker
     body: dict[str, Any] = {"status": worker.state, "version": __version__}
     if worker.state == "ready":
-        return JSONResponse({**body, "model": service.model.name})
+        body |= {"model": service.model.name}
+        if service.model.ceiling_tps is not None:
+            body |= {"ceiling_tps": round(service.model.ceiling_tps, 3)}
+        return JSONResponse(body)
     if worker.state == "loading":
         body |= {"phase": worker.phase, "loading_s": round(worker.loading_s, 1)}
     return JSONResponse(body, 503, headers={"Retry-After": "2"})

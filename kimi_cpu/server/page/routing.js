@@ -172,15 +172,17 @@ export class RoutingMap {
   #describe() {
     if (!this.shape) return;
     const { layers, experts, top_k } = this.shape;
-    let text = `${layers.length} layers of ${experts} experts, ${top_k} chosen by each token`;
+    let text = `${layers.length} layers of ${experts} experts`;
     if (this.pointed) {
       const { column, row } = this.pointed;
-      const times = this.times[row * experts + column].toLocaleString();
+      const times = this.times[row * experts + column].toLocaleString("en");
       text = `Layer ${layers[row]}, expert ${column}: chosen ${times} times since this page was opened`;
     } else if (this.seen) {
       const { tokens, uses, hits } = this.seen;
       const found = uses ? ((100 * hits) / uses).toFixed(hits < uses ? 1 : 0) : "0";
-      text += ` · ${tokens.toLocaleString()} tokens computed · ${found} % of the experts were in memory`;
+      text += ` · ${tokens.toLocaleString("en")} tokens · ${found} % in memory`;
+    } else {
+      text += `, ${top_k} chosen by each token`;
     }
     if (this.text.textContent !== text) this.text.textContent = text;
   }
