@@ -221,12 +221,13 @@ class Bench:
         self._cold, self._profile, self._progress = cold, profile, progress
         self._memory, self._io = memory, io
         self._checkpoint = Checkpoint.open(folder)
+        # Before the experts divide what is left: else it would drive the trunk out of memory.
+        self._reader = DramReader(read_bytes)
         self._experts = self._open_experts()
         self.config = self._checkpoint.config
         self.summary: Summary = summarise(self._checkpoint)
         self._files = sorted({self._checkpoint.file_of(n) for n in self._checkpoint.names()})
         self._traffic: dict[Test, Traffic] = {}
-        self._reader = DramReader(read_bytes)
 
     def check(self, tests: list[Test]) -> None:
         """Raises UsageError if the model's context is too short for one of them."""
