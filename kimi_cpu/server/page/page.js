@@ -27,14 +27,15 @@ const SAVE_EVERY_MS = 2000;
 
 let current = newChat();
 let views = [];
-let running = null; // {abort, turn, chatId}
+const runs = new Map(); // id of a conversation -> its reply under way, {chat, turn, abort, draw}
+const running = () => runs.get(current.id);
 let server = { status: "connecting" };
 let context = 0; // the model's, in tokens
 let follow = true; // the end of the log is kept in sight
 
 const chats = new Chats((id) => {
   drawList();
-  if (id === current.id && !running) open(id, false);
+  if (id === current.id && !running()) open(id, false);
 });
 const map = new RoutingMap($("map"), $("map-text"));
 
@@ -137,6 +138,7 @@ function drawList() {
     const item = h("button", { type: "button", onclick: () => open(id) }, h("span", { className: "name" }, title || "Untitled"));
     item.append(h("time", { dateTime: new Date(updated).toISOString() }, ago(updated)));
     if (id === current.id) item.setAttribute("aria-current", "true");
+    if (runs.has(id)) item.append(h("span", { className: "dot loading", title: "A reply is under way" }, h("span", { className: "sr" }, "A reply is under way")));
     return h("li", {}, item);
   });
   $("chats").replaceChildren(...items);
@@ -150,34 +152,37 @@ function ago(time) {
 }
 
 function open(id, focus = true) {
-  const loaded = chats.load(id);
+  const loaded = runs.get(id)?.chat || chats.load(id);
   if (loaded) show(loaded, focus);
   else if (id === current.id) show(newChat(current.options), focus); // deleted in another tab
 }
 
 function show(chat, focus = true) {
-  stop();
   current = chat;
   remember("kimi-cpu.open", chat.turns.length ? chat.id : "");
   $("thinking").value = chat.options.thinking || "";
   drawTurns();
+  drawButtons();
+  running()?.draw();
   drawList();
   toEnd(true);
   closeSide();
   if (focus && matchMedia("(hover: hover)").matches) $("prompt").focus();
 }
 
-function save() {
-  current.updated = Date.now();
-  if (!current.title) {
-    const said = current.turns.find((turn) => turn.role === "user")?.content.trim().replace(/\s+/g, " ") || "";
-    current.title = said.length > TITLE_CHARS ? `${said.slice(0, TITLE_CHARS - 1).trimEnd()}…` : said;
+function save(chat = current) {
+  chat.updated = Date.now();
+  if (!chat.title) {
+    const said = chat.turns.find((turn) => turn.role === "user")?.content.trim().replace(/\s+/g, " ") || "";
+    chat.title = said.length > TITLE_CHARS ? `${said.slice(0, TITLE_CHARS - 1).trimEnd()}…` : said;
   }
-  const { removed, saved } = chats.save(current);
+  const { removed, saved } = chats.save(chat);
   if (!saved) toast("This conversation cannot be kept in this browser: there is no room. Export it if you need it.");
   else if (removed.length) toast(`To make room, ${removed.length === 1 ? "the oldest conversation was" : `${removed.length} old conversations were`} deleted.`);
-  remember("kimi-cpu.open", current.id);
-  $("title").textContent = current.title || "New conversation";
+  if (chat === current) {
+    remember("kimi-cpu.open", chat.id);
+    $("title").textContent = chat.title || "New conversation";
+  }
   drawList();
 }
 
@@ -255,7 +260,7 @@ function viewOf(turn) {
 
 function drawReplies() {
   current.turns.forEach((turn, i) => {
-    if (views[i] instanceof ReplyView && turn !== running?.turn) views[i].update({ last: i === current.turns.length - 1, answered: results(i) });
+    if (views[i] instanceof ReplyView && turn !== running()?.turn) views[i].update({ last: i === current.turns.length - 1, answered: results(i) });
   });
 }
 
@@ -267,7 +272,7 @@ function results(i) {
 }
 
 function send(text) {
-  if (running || !text.trim()) return;
+  if (running() || !text.trim()) return;
   current.turns.push({ role: "user", content: text });
   reply();
 }
@@ -279,19 +284,25 @@ function edited(turn, text) {
 }
 
 function retry(turn) {
-  if (running) return;
+  if (running()) return;
   current.turns.length = current.turns.indexOf(turn);
   reply();
 }
 
 function sendResults(turn, given) {
-  if (running || current.turns.at(-1) !== turn) return;
+  if (running() || current.turns.at(-1) !== turn) return;
   for (const { id, content } of given) current.turns.push({ role: "tool", tool_call_id: id, content });
   reply();
 }
 
+/** End the reply to the open conversation; whether there was one. */
 function stop() {
-  running?.abort.abort();
+  const run = running();
+  if (!run) return false;
+  runs.delete(current.id);
+  run.abort.abort();
+  drawButtons();
+  return true;
 }
 
 function requestBody(chat) {
@@ -311,10 +322,10 @@ async function reply() {
   const turn = { role: "assistant", content: "" };
   const abort = new AbortController();
   chat.turns.push(turn);
-  const mine = (running = { abort, turn });
+  const run = { chat, turn, abort, draw: () => {} };
+  runs.set(chat.id, run);
   save();
   drawTurns();
-  const view = views.at(-1);
   drawButtons();
   follow = true;
   let waiting = server.status === "ready" ? "Sent" : "Waiting for the model";
@@ -325,15 +336,16 @@ async function reply() {
     const begun = performance.now();
     frame = 0;
     if (begun < rest) return void (frame = requestAnimationFrame(draw));
-    if (current !== chat) return;
-    const busy = turn.content || turn.tool_calls;
-    view.update({ live: true, waiting: busy ? "" : turn.reasoning_content ? "" : waiting });
+    if (current !== chat || runs.get(chat.id) !== run) return;
+    const visible = turn.content || turn.tool_calls || turn.reasoning_content;
+    views[chat.turns.indexOf(turn)].update({ live: true, waiting: visible ? "" : waiting });
     const elapsed = (performance.now() - first) / 1000;
     if (tokens > 2 && elapsed > 0.2) drawFigures(null, { tps: (tokens - 1) / elapsed });
     toEnd();
     rest = performance.now() + 2 * (performance.now() - begun);
   };
   const soon = () => (frame ||= requestAnimationFrame(draw));
+  run.draw = soon;
   soon();
   say("Sent.");
   try {
@@ -354,7 +366,7 @@ async function reply() {
         }
         if (choice.finish_reason) turn.finish = choice.finish_reason;
       }
-      if (current === chat && Date.now() - savedAt > SAVE_EVERY_MS) {
+      if (runs.get(chat.id) === run && Date.now() - savedAt > SAVE_EVERY_MS) {
         savedAt = Date.now();
         chats.save(chat);
       }
@@ -371,17 +383,15 @@ async function reply() {
     if (error.status !== 400) look();
   }
   cancelAnimationFrame(frame);
-  if (running === mine) running = null;
+  if (runs.get(chat.id) === run) runs.delete(chat.id);
   ended(chat, turn);
 }
 
 /** A reply is over, however that came. */
 function ended(chat, turn) {
-  if (chats.load(chat.id) || current === chat) {
-    if (current === chat) save();
-    else chats.save(chat);
-  }
-  if (current !== chat) return drawList();
+  if (!chat.turns.includes(turn)) return; // edited meanwhile
+  if (current === chat || chats.load(chat.id)) save(chat);
+  if (current !== chat) return;
   drawReplies();
   drawFigures(turn);
   drawButtons();
@@ -420,9 +430,9 @@ function aborted(signal) {
 
 function drawButtons() {
   const focused = document.activeElement;
-  $("send").hidden = Boolean(running);
-  $("stop").hidden = !running;
-  $("log").setAttribute("aria-busy", String(Boolean(running)));
+  $("send").hidden = Boolean(running());
+  $("stop").hidden = !running();
+  $("log").setAttribute("aria-busy", String(Boolean(running())));
   if (focused === $("send") || focused === $("stop")) $("prompt").focus();
 }
 
@@ -492,7 +502,7 @@ function showRouting(shown) {
 $("composer").onsubmit = (event) => {
   event.preventDefault();
   const text = $("prompt").value;
-  if (running || !text.trim()) return;
+  if (running() || !text.trim()) return;
   $("prompt").value = "";
   grow($("prompt"), 240);
   send(text);
@@ -503,7 +513,7 @@ $("prompt").onkeydown = (event) => {
   event.preventDefault();
   $("composer").requestSubmit();
 };
-$("stop").onclick = stop;
+$("stop").onclick = () => stop();
 $("thinking").onchange = () => {
   current.options.thinking = $("thinking").value;
   remember("kimi-cpu.options", JSON.stringify(current.options));
@@ -540,7 +550,8 @@ $("key-change").onclick = () => {
 $("clear").onclick = () => {
   if (!window.confirm("Delete all conversations kept in this browser?")) return;
   $("settings").close("cancel");
-  stop();
+  for (const { abort } of runs.values()) abort.abort();
+  runs.clear();
   chats.removeAll();
   show(newChat(current.options));
 };
@@ -553,7 +564,7 @@ $("routing-toggle").onclick = () => showRouting(!routingShown());
 for (const text of EXAMPLES) $("examples").append(h("li", {}, h("button", { type: "button", onclick: () => send(text) }, text)));
 
 setUpChrome({
-  stop: () => running && (stop(), true),
+  stop,
   recolour: () => map.recolour(),
   shortcuts: {
     KeyN: () => show(newChat(lastOptions())),
@@ -567,7 +578,9 @@ setUpChrome({
   },
 });
 document.addEventListener("visibilitychange", () => document.hidden || look());
-window.addEventListener("pagehide", () => running && chats.save(current));
+window.addEventListener("pagehide", () => {
+  for (const { chat } of runs.values()) chats.save(chat);
+});
 showRouting(routingShown());
 const last = chats.load(remembered("kimi-cpu.open"));
 show(last || newChat(lastOptions()));

@@ -80,6 +80,8 @@ export class ReplyView {
     this.thoughts = h("div", { className: "prose" });
     this.thoughtsTitle = h("summary", {});
     this.reasoning = h("details", { className: "reasoning", hidden: true }, this.thoughtsTitle, this.thoughts);
+    // Open while the model thinks, unless the person decides.
+    this.thoughtsTitle.onclick = () => (this.decided = true);
     this.reasoning.ontoggle = () => this.reasoning.open && this.#drawThoughts();
     this.answer = h("div", { className: "prose" });
     this.calls = h("div", { className: "calls" });
@@ -106,6 +108,7 @@ export class ReplyView {
     const thinking = live && !turn.content && !turn.tool_calls;
     this.reasoning.hidden = !turn.reasoning_content;
     this.thoughtsTitle.textContent = thinking ? "Thinking" : "Thoughts";
+    if (!this.decided) this.reasoning.open = thinking;
     if (this.reasoning.open) this.#drawThoughts();
     this.answerText.update(turn.content);
     this.wait.hidden = !waiting;
