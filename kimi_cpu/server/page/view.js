@@ -150,7 +150,7 @@ export class ReplyView {
       const result = answered.get(call.id);
       const id = `result-${call.id.replace(/[^\w-]/g, "-")}-${i}`;
       const part = h(
-        "section", { className: "call", "aria-label": `Call of ${call.function.name}` },
+        "div", { className: "call", role: "group", "aria-label": `Call of ${call.function.name}` },
         h("div", { className: "call-head" }, h("span", { className: "tag" }, "call"), h("code", {}, call.function.name), h("span", { className: "hint" }, call.id)),
         codeBlock(pretty(call.function.arguments), "json"),
       );
