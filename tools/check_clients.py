@@ -79,7 +79,7 @@ def check_kimi_cli(program: str, folder: Path) -> str:
     return version
 
 
-LITELLM = '''
+LITELLM = """
 import importlib.metadata, json, os, sys
 import litellm
 
@@ -113,7 +113,7 @@ response = litellm.responses(model="openai/nano", input="What is 17 + 25?", api_
                              api_key="none")
 assert "42." in str(response.output[-1].content[0].text), response
 print("version", importlib.metadata.version("litellm"))
-'''
+"""
 
 
 def check_litellm(program: str, folder: Path) -> str:
@@ -197,7 +197,7 @@ def check_lm_eval(program: str, folder: Path) -> str:
     return str(body["lm_eval_version"])
 
 
-class serving:  # noqa: N801 (reads as a verb)
+class serving:
     """A server for the time of a check."""
 
     def __init__(self, load: Callable[..., ServedModel]) -> None:
@@ -222,7 +222,9 @@ CHECKS = {"kimi_cli": check_kimi_cli, "litellm": check_litellm, "lm_eval": check
 
 def main() -> int:
     """Run the checks that are asked for; the exit code is the number of those that failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     for name, check in CHECKS.items():
         parser.add_argument(f"--{name.replace('_', '-')}", metavar="PROGRAM", help=check.__doc__)
     programs = {name: program for name, program in vars(parser.parse_args()).items() if program}

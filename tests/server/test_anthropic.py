@@ -220,7 +220,7 @@ def test_tool_choice(nano):
 
 
 def test_structured_output(nano):
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}},
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 23]}},
               "required": ["n"], "additionalProperties": False}  # fmt: skip
     form = {"type": "json_schema", "schema": schema}
     (text,) = ask(nano, "Hello", output_config={"format": form})["content"]
@@ -375,3 +375,76 @@ def test_errors_have_the_shape_of_this_api(serve, scripted):
     live.worker.model.engine.broken = RuntimeError("crash")
     last = events_of(live)[-1]
     assert last["type"] == "error" and last["error"]["type"] == "api_error"
+
+
+def mutations(body):
+    """The body with each of its values replaced by others in turn."""
+    odd = [None, -5, "x", [], {}, [{}], [None], {"type": []}, True, "\ud800", 1e999]
+
+    def places(value, where=()):
+        items = enumerate(value) if isinstance(value, list) else ()
+        for key, inner in value.items() if isinstance(value, dict) else items:
+            yield (*where, key)
+            yield from places(inner, (*where, key))
+
+    for *where, last in list(places(body)):
+        # Without a limit, a script that a schema has thrown out of its course goes on for long.
+        for value in odd[1:] if last == "max_output_tokens" else odd:
+            changed = json.loads(json.dumps(body))
+            inner = changed
+            for key in where:
+                inner = inner[key]
+            inner[last] = value
+            yield changed
+
+
+#: Some of them always, all in the slow tests.
+SOME_OR_ALL = [pytest.param(13, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
+
+
+def check_mutations(live, path, body, every):
+    """Whatever is wrong with a request is told as such: nothing is the server's fault."""
+    seen = set()
+    for changed in list(mutations(body))[::every]:
+        content = json.dumps(changed).replace("Infinity", "1e999")
+        response = live.client.post(path, content=content)
+        assert response.status_code in (200, 400, 404), (changed, response.text)
+        seen.add(response.status_code)
+        if response.status_code == 400:
+            assert response.json()["error"]["message"]
+    assert {200, 400} <= seen
+    assert live.worker._scheduler.active == 0
+
+
+@pytest.mark.parametrize("every", SOME_OR_ALL)
+def test_requests_that_are_wrong_somewhere(scripted, every):
+    body = {
+        "max_tokens": 1, "system": [{"type": "text", "text": "a"}], "stop_sequences": ["a"],
+        "tools": [CALCULATOR], "tool_choice": {"type": "tool", "name": "calculator"},
+        "thinking": {"type": "adaptive", "display": "omitted"},
+        "output_config": {"effort": "low"},
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}]},
+            {"role": "assistant", "content": [
+                {"type": "thinking", "thinking": "a", "signature": "b"},
+                {"type": "text", "text": "a"},
+                {"type": "tool_use", "id": "t", "name": "calculator", "input": {"a": [1]}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "t", "is_error": True,
+                 "content": [{"type": "text", "text": "a"}]}]},
+        ],
+    }  # fmt: skip
+    check_mutations(scripted, "/v1/messages", body, every)
+    check_mutations(scripted, "/v1/messages/count_tokens", body, every)
+
+
+@pytest.mark.parametrize("depth", [100, 900, 5000])
+def test_input_that_is_nested_deeply(scripted, depth):
+    nested = '{"a":' * depth + "1" + "}" * depth
+    use = '{"type": "tool_use", "id": "t", "name": "f", "input": ' + nested + "}"
+    content = (
+        '{"max_tokens": 5, "messages": [{"role": "user", "content": "a"}, {"role": "assistant",'
+        '"content": [' + use + ']}, {"role": "user", "content": "b"}]}'
+    )
+    response = scripted.client.post("/v1/messages", content=content)
+    assert response.status_code in (200, 400), response.text

@@ -9,7 +9,7 @@ import pytest
 
 from kimi_cpu.server.stored import StoredResponses
 from tests.cli.fake import call
-from tests.server.test_anthropic import Seen
+from tests.server.test_anthropic import SOME_OR_ALL, Seen, check_mutations
 
 PARAMETERS = {
     "type": "object",
@@ -225,7 +225,7 @@ def test_the_store_is_bounded():
 
 
 def test_structured_output(nano):
-    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 99}},
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 23]}},
               "required": ["n"], "additionalProperties": False}  # fmt: skip
     off = {"effort": "none"}
     form = {"type": "json_schema", "name": "x", "schema": schema, "strict": True}
@@ -346,3 +346,19 @@ def test_wrong_fields_are_named(scripted, fields, param, text, stream):
     assert error["param"] is not None and error["param"].startswith(param), error
     assert text in error["message"] and error["message"].startswith(param), error
     assert error["type"] == "invalid_request_error" and error["code"]
+
+
+@pytest.mark.parametrize("every", SOME_OR_ALL)
+def test_requests_that_are_wrong_somewhere(scripted, every):
+    body = {
+        "max_output_tokens": 1, "instructions": "a", "tools": [CALCULATOR], "metadata": {"a": "b"},
+        "tool_choice": {"type": "function", "name": "calculator"}, "reasoning": {"effort": "low"},
+        "text": {"format": {"type": "json_schema", "name": "x", "schema": {"type": "object"}}},
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
+            {"type": "reasoning", "summary": [{"type": "summary_text", "text": "a"}]},
+            {"type": "function_call", "call_id": "c", "name": "calculator", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "c", "output": "1"},
+        ],
+    }  # fmt: skip
+    check_mutations(scripted, "/v1/responses", body, every)
