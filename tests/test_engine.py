@@ -227,9 +227,11 @@ def test_nothing_to_compute(engine: Engine) -> None:
 
 def test_score_rows_are_the_steps(engine: Engine) -> None:
     prompt = ids(engine, 50)
-    rows = engine.score(prompt)
-    session = engine.session()
-    assert all(close(session.step(token), row) for token, row in zip(prompt, rows, strict=True))
+    rows, session = engine.score(prompt), engine.session()
+    steps = np.array([session.step(token) for token in prompt])
+    errors = np.linalg.norm(steps - rows, axis=1) / np.linalg.norm(rows, axis=1)
+    # Fast precision may round to the other side and then, in a random model, choose other experts.
+    assert np.max(errors) < 1e-5 if engine.precision == "exact" else np.median(errors) < 2e-2
 
 
 def test_steps_across_the_splits_of_a_long_context(tmp_path: Path) -> None:
