@@ -195,3 +195,21 @@ def test_a_prompt_in_slices_that_are_stopped(engine: Engine, slice_tokens: int) 
             engine.step(others, [1, 2])
         got = session.sync(prompt[:end])
     np.testing.assert_array_equal(got, want)
+
+
+def test_all_operations_in_parallel(
+    engine: Engine, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However small: replayed by two and three threads, the bits are those of one."""
+    monkeypatch.setattr("kimi_cpu.kernels.threads.MIN_PARALLEL_COST", 0)
+    tokens = [ids(engine, 5, seed=50 + turn) for turn in range(5)]
+    want = engine_rows(engine, tokens)
+    for threads in (1, 2, 3):
+        with Engine.load(folder, precision=engine.precision, threads=threads) as other:
+            for got, expected in zip(engine_rows(other, tokens), want, strict=True):
+                np.testing.assert_array_equal(got, expected)
+
+
+def engine_rows(engine: Engine, tokens: list[list[int]]) -> list[np.ndarray]:
+    made = sessions(engine, LENGTHS[2:7])
+    return [engine.step(made, turn) for turn in tokens]

@@ -7,8 +7,9 @@ returning to Python. Outputs come from `empty`: a tape keeps and reuses their me
 
 One thread, the leader, publishes an operation's chunks in a single word; every thread of the team
 claims chunks by compare-and-swap until none is left, and the leader waits until all are done. A
-thread that the system holds up therefore holds up nobody unless it holds a chunk. Workers spin for
-a tenth of a millisecond after the last chunk and then sleep, so that nothing burns between tokens.
+thread that the system holds up therefore holds up nobody unless it holds a chunk. Workers spin
+while a tape is played, as nobody could wake them, and for a tenth of a millisecond after it; then
+they sleep, so that nothing burns between tokens.
 Rows are written by exactly one chunk and do not depend on its borders: results are the same for any
 number of threads. (Numba's `prange` is avoided: its default scheduler takes 0.1 ms to start and
 aborts the process when two threads enter it.)
@@ -43,7 +44,7 @@ CHUNKS_PER_THREAD = 4
 
 # The team's memory: words of 8 bytes, what different threads write on different cache lines.
 # A claim word is sequence << 40 | chunks << 20 | next chunk: one compare-and-swap sees all three.
-_CLAIM, _DONE, _JOB, _AWAKE, _YIELD, _WORDS = 0, 16, 32, 48, 64, 80
+_CLAIM, _DONE, _JOB, _AWAKE, _YIELD, _PLAYING, _WORDS = 0, 16, 32, 48, 64, 80, 96
 _FIELD = (1 << 20) - 1
 #: Turns of the pause loop (20 to 40 ns each) before a worker sleeps or the leader yields its core.
 _SPIN_TURNS = 4000
@@ -188,7 +189,7 @@ def _serve(team):  # type: ignore[no-untyped-def]
             idle = 0
         else:
             _pause()
-            idle += 1
+            idle = 0 if _atomic_load(team + _PLAYING * 8) != 0 else idle + 1
     _atomic_add(team + _AWAKE * 8, -1)
 
 
@@ -218,6 +219,8 @@ def _play(team, tape, position, end):  # type: ignore[no-untyped-def]
 
     team 0: in this thread alone.
     """
+    if team != 0:
+        _atomic_set(team + _PLAYING * 8, 1)
     while position < end:
         op, total, grain, words = load_args(tape + position * 8, 4)
         args = tape + (position + _HEAD) * 8
@@ -225,7 +228,7 @@ def _play(team, tape, position, end):  # type: ignore[no-untyped-def]
             total = load_i64(-total)
         if op == 0:
             if load_i64(load_i64(args)) != 0:
-                return position
+                break
         else:
             chunks = (total + grain - 1) // grain
             if chunks == 1 or team == 0:
@@ -233,6 +236,8 @@ def _play(team, tape, position, end):  # type: ignore[no-untyped-def]
             elif chunks > 1:
                 _lead(team, op, args, grain, total, chunks)
         position += _HEAD + words
+    if team != 0:
+        _atomic_set(team + _PLAYING * 8, 0)
     return position
 
 

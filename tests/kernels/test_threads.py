@@ -200,3 +200,32 @@ def test_a_home_on_a_full_disk(tmp_path):
     )
     result = run_python(code, XDG_CACHE_HOME=str(home), TMPDIR=str(tmp))
     assert result.returncode == 0, result.stderr
+
+
+@isa.jit
+def turn(out, turns, start, stop):
+    """Something that takes a while, in one thread."""
+    for i in range(turns):
+        store_i64(out, load_i64(out) ^ i * load_i64(out))
+
+
+@pool.op_of(turn)
+def _turn(args, start, stop):
+    turn(*pool.load_args(args, 2), start, stop)
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="two threads need two cores")
+def test_workers_stay_awake_while_one_thread_computes():
+    """Some milliseconds in one thread do not leave the rest of a tape to it alone."""
+    out, seen = np.zeros(1, dtype=np.int64), np.zeros(64, dtype=np.int64)
+    pool.run(count_rows, (address(seen),), (seen,), 64, 1, 2, cost=1 << 40)  # there is a team
+    awake = pool._team.address + 8 * pool._AWAKE
+    with pool.recording() as tape:
+        pool.run(count_rows, (address(seen),), (seen,), 64, 1, 2, cost=1 << 40)
+        pool.run(turn, (address(out), 20_000_000), (out,), 1)
+        pool.run(copy_first, (awake, address(out)), (out,), 1)
+    counts = []
+    for _ in range(20):
+        tape.play(threads=2)
+        counts.append(int(out[0]))
+    assert max(counts) >= 1
