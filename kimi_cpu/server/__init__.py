@@ -1,4 +1,4 @@
-"""An OpenAI-compatible HTTP server over one model: Starlette above, one inference thread below.
+"""OpenAI's and Anthropic's APIs over one model: Starlette above, one inference thread below.
 
     app.py        routes, errors, start and stop
     security.py   who may ask: API key, Host, Origin
@@ -7,10 +7,12 @@
     page/         the chat page: plain files, served by api/page.py
     ceiling.py    what the machine's memory allows a reply
     prompts.py    conversation -> token ids; replay.py finds the model's own tokens again
+    stored.py     responses that later requests go on from
     worker.py     the inference thread: loads the model, runs the scheduler
     scheduler.py  whose turn it is: slices of prompts, then one token for every reply
     jobs.py       one unit of work, and how its results reach the event loop
-    prefixes.py   what stays computed between requests
+
+What stays computed between requests is kimi_cpu/prefixes.
 
 The inference thread alone touches the engine; the event loop alone touches requests; jobs are the
 only thing that both know.
