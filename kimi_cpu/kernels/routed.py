@@ -88,7 +88,7 @@ def moe(
     xq = None
     if precision == "fast" and x.shape[1] % GROUP_SIZE == experts.width % GROUP_SIZE == 0:
         # float32 or bf16 experts do not read it; the cost is a few microseconds.
-        xq = quantize_activations(x)
+        xq = quantize_activations(x, threads)
     work = _Experts(x, xq, experts, precision, threads)
     if len(x) <= FEW_TOKENS:
         return _moe_few(work, ids, weights)
