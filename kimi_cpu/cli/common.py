@@ -68,7 +68,8 @@ _OPTIONS = (
 )
 
 
-def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+def parsed_size(ctx: click.Context, param: click.Parameter, value: str | None) -> int | None:
+    """Callback of options that are amounts of bytes."""
     if value is None:
         return None
     from kimi_cpu.store.experts.budget import parse_size
@@ -78,7 +79,7 @@ def _size(ctx: click.Context, param: click.Parameter, value: str | None) -> int 
 
 _STORE_OPTIONS = (
     click.option(
-        "--memory", metavar="SIZE", callback=_size,
+        "--memory", metavar="SIZE", callback=parsed_size,
         help="Memory to use, like 16G; default: what is available, less a tenth.",
     ),
     click.option(

@@ -9,22 +9,24 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
 
 import click
 
+from kimi_cpu import hardware
 from kimi_cpu.cli import common
 from kimi_cpu.cli.terminal import note
 from kimi_cpu.errors import UsageError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from kimi_cpu.server.settings import ServedModel
     from kimi_cpu.server.worker import State, Worker
 
 API_KEY = "KIMI_CPU_API_KEY"
+#: What may lie in --cache-dir unless --cache-bytes says: 120,000 tokens of Kimi K2.
+CACHE_BYTES = 16 << 30
 
 
 @click.command(
@@ -49,6 +51,18 @@ API_KEY = "KIMI_CPU_API_KEY"
     "--queue", type=click.IntRange(1, 100_000), default=64, show_default=True, metavar="N",
     help="Requests that may wait; further ones get 429.",
 )  # fmt: skip
+@click.option(
+    "--cache-memory", metavar="SIZE", callback=common.parsed_size,
+    help="Memory for what prompts and replies computed; default: a tenth of what is available.",
+)  # fmt: skip
+@click.option(
+    "--cache-dir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
+    help="Keep there, too, what was computed, for when the server starts again.",
+)  # fmt: skip
+@click.option(
+    "--cache-bytes", metavar="SIZE", callback=common.parsed_size,
+    help="What may lie in --cache-dir; default: 16G.",
+)  # fmt: skip
 @click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: all cores.")
 @click.option(
     "--precision",
@@ -65,6 +79,9 @@ def command(
     cors_origin: tuple[str, ...],
     parallel: int,
     queue: int,
+    cache_memory: int | None,
+    cache_dir: Path | None,
+    cache_bytes: int | None,
     threads: int | None,
     precision: str,
 ) -> None:
@@ -78,7 +95,11 @@ def command(
         )
     if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
         raise UsageError("the API key has characters that HTTP cannot carry", "Use ASCII only.")
+    if cache_bytes is not None and cache_dir is None:
+        raise UsageError("--cache-bytes without --cache-dir", "Give the folder to keep them in.")
     folder = common.model_folder(model)
+    if cache_memory is None:
+        cache_memory = hardware.available_ram_bytes() // 10
     listening = _listen(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     settings = server.Settings(
@@ -87,6 +108,9 @@ def command(
         cors_origins=cors_origin,
         max_active=parallel,
         max_waiting=queue,
+        session_bytes=cache_memory,
+        cache_dir=cache_dir,
+        cache_bytes=CACHE_BYTES if cache_bytes is None else cache_bytes,
     )
     _log_to_stderr()
 
@@ -110,7 +134,7 @@ def command(
             running.run(sockets=[listening])
     finally:
         listening.close()
-        _end(worker)
+        _end(worker, settings.save_s if cache_dir else 0.0)
     if worker.error is not None:
         raise worker.error
 
@@ -178,9 +202,13 @@ def _log_to_stderr() -> None:
         logger.setLevel(level)
 
 
-def _end(worker: Worker) -> None:
+def _end(worker: Worker, save_s: float) -> None:
     worker.abort()
-    if not worker.join(1.0):
+    try:
+        ended = worker.join(save_s + 1.0)
+    except KeyboardInterrupt:  # who cannot wait for what is being saved
+        ended = False
+    if not ended:
         # Native code cannot be interrupted, and leaving under it could crash.
         sys.stdout.flush()
         sys.stderr.flush()

@@ -95,6 +95,19 @@ class PrefixCache:
             self._make_room(node)
             return session
 
+    def share(self, session: Session) -> None:
+        """Let others begin with the whole blocks that a session has computed; it may go on."""
+        with self._lock:
+            snapshot = session.snapshot()
+            n_blocks = len(snapshot.tokens) // BLOCK_TOKENS
+            if not n_blocks:
+                return
+            tokens = np.array(snapshot.tokens[: n_blocks * BLOCK_TOKENS], dtype=np.int32)
+            node = self._tree.insert(tokens, snapshot.cache.blocks[:n_blocks], self._request)
+            self._taken[session] = node
+            del snapshot
+            self._make_room(node)
+
     def give_back(self, session: Session) -> None:
         """Keep what a session has computed; it should not be used afterwards."""
         with self._lock:
@@ -130,6 +143,26 @@ class PrefixCache:
                 assert node.block is not None
                 disk.save(node.name, node.tokens, node.block)
         return disk.wait(deadline)
+
+    def save_some(self) -> bool:
+        """Offer the disk a few blocks without waiting for it; False when there are no more.
+
+        For idle moments: each block is offered once, so that a folder that has no room for all of
+        them is not written over and over.
+        """
+        if self._disk is None:
+            return False
+        with self._lock:
+            nodes = sorted(self._tree.nodes(), key=lambda node: (-node.used, node.end))
+            for node in nodes:
+                if node.offered or self._disk.has(node.name):
+                    continue
+                if not self._disk.room(time.monotonic()):
+                    return True
+                assert node.block is not None
+                self._disk.save(node.name, node.tokens, node.block)
+                node.offered = True
+        return False
 
     def close(self, deadline_s: float = 10.0) -> None:
         """Keep what can be written within the deadline, and forget what is in memory."""

@@ -34,9 +34,10 @@ class Node:
         tokens: bytes of int32 [1 .. BLOCK_TOKENS].
         end: number of tokens of the timelines up to here.
         used: the request that needed it last.
+        offered: whether it was given to the disk while there was time.
     """
 
-    __slots__ = ("block", "children", "end", "name", "parent", "tokens", "used")
+    __slots__ = ("block", "children", "end", "name", "offered", "parent", "tokens", "used")
 
     def __init__(self, parent: Node | None, tokens: bytes, name: BlockName, block: Block | None):
         self.parent = parent
@@ -46,6 +47,7 @@ class Node:
         self.children: dict[bytes, Node] = {}
         self.end: int = (parent.end if parent else 0) + name.n_tokens
         self.used = 0
+        self.offered = False
 
     def common(self, ids: I32) -> int:
         """How many of `ids` this node begins with."""

@@ -118,6 +118,7 @@ class Job:
         self.score_top = score_top
         self.session: Session | None = None
         self.position = 0  # tokens of the prompt on the session's timeline
+        self.found_tokens = 0  # of these, computed by others
         self.done_tokens = 0
         self.todo_tokens = len(reply.prompt)
         self.submitted = time.perf_counter()

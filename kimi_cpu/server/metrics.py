@@ -20,6 +20,8 @@ class Watched(Protocol):
     def active(self) -> int: ...
     @property
     def cache_bytes(self) -> int: ...
+    @property
+    def cache_disk_bytes(self) -> int: ...
 
 
 class Metrics:
@@ -38,6 +40,7 @@ class Metrics:
         self._replies = counter("replies", "Replies by how they ended.", "finish_reason")
         self._prompt = counter("prompt_tokens", "Tokens of prompts.")
         self._cached = counter("cached_tokens", "Tokens of prompts that were computed before.")
+        self._lookups = counter("cache_lookups", "Prompts by what of them was known.", "result")
         self._completion = counter("completion_tokens", "Tokens of replies.")
         self._queue = histogram("queue_seconds", "From a request to the begin of its prompt.")
         self._first = histogram("first_token_seconds", "From a request to its first token.")
@@ -48,7 +51,8 @@ class Metrics:
         for name, text, read in (
             ("waiting", "Requests that wait.", lambda: scheduler.waiting),
             ("active", "Prompts and replies under way.", lambda: scheduler.active),
-            ("cache_bytes", "Latents kept for later requests.", lambda: scheduler.cache_bytes),
+            ("cache_bytes", "Latents kept in memory.", lambda: scheduler.cache_bytes),
+            ("cache_disk_bytes", "Latents kept on disk.", lambda: scheduler.cache_disk_bytes),
         ):
             gauge = Gauge(f"kimi_cpu_{name}", text, registry=self._registry)
             gauge.set_function(read)
@@ -66,6 +70,10 @@ class Metrics:
         self._queue.observe(queued_s)
         self._first.observe(queued_s + result.timings.first_token_s)
         self._total.observe(queued_s + result.timings.total_s)
+
+    def looked_up(self, *, found: bool) -> None:
+        """A prompt begins, and whether some of it was computed before."""
+        self._lookups.labels("hit" if found else "miss").inc()
 
     def cancelled(self) -> None:
         """A client left before its reply was complete."""

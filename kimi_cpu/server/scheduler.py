@@ -22,8 +22,8 @@ from kimi_cpu.server.jobs import Finished, Job, Scored, Step
 
 if TYPE_CHECKING:
     from kimi_cpu.engine import Engine, Session
+    from kimi_cpu.prefixes import PrefixCache
     from kimi_cpu.server.metrics import Metrics
-    from kimi_cpu.server.prefixes import Prefixes
     from kimi_cpu.server.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ class Scheduler:
     """All jobs of a server, waiting or under way."""
 
     def __init__(
-        self, engine: Engine, prefixes: Prefixes, settings: Settings, metrics: Metrics
+        self, engine: Engine, prefixes: PrefixCache, settings: Settings, metrics: Metrics
     ) -> None:
         self._engine = engine
         self._prefixes = prefixes
@@ -68,6 +68,11 @@ class Scheduler:
         """Latents kept for later requests."""
         return self._prefixes.nbytes
 
+    @property
+    def cache_disk_bytes(self) -> int:
+        """Files of latents, those of other models included."""
+        return self._prefixes.disk_nbytes
+
     def submit(self, job: Job) -> None:
         """Queue a job; from any thread. Raises ApiError when there are too many, or at the end."""
         with self._wake:
@@ -94,11 +99,12 @@ class Scheduler:
         """Whether the time of `close` has come."""
         return self._abort_at is not None and time.perf_counter() >= self._abort_at
 
-    def wait(self, timeout_s: float) -> None:
-        """Sleep until there is something to do, at most so long."""
+    def wait(self, timeout_s: float) -> bool:
+        """Sleep until there is something to do, at most so long; whether there is."""
         with self._wake:
-            if not (self._waiting or self.active or self._closed):
-                self._wake.wait(timeout_s)
+            return self._wake.wait_for(
+                lambda: bool(self._waiting or self.active or self._closed), timeout_s
+            )
 
     def turn(self) -> bool:
         """Do the next piece of work; False when there was none."""
@@ -145,12 +151,14 @@ class Scheduler:
                 job.session = self._engine.session()  # all its logits are wanted: none are kept
             else:
                 job.session = self._prefixes.take(job.reply.prompt)
+                self._metrics.looked_up(found=len(job.session) > 0)
             job.position = job.session.common_prefix(job.reply.prompt)
         except Exception as error:
             self._fail(job, error)
             return
         job.todo_tokens = len(job.reply.prompt) - job.position
-        job.reply.start(job.position)
+        job.found_tokens = job.position
+        job.reply.start(job.found_tokens)
         self._prompts.append(job)
 
     def _read_slice(self, job: Job) -> bool:
@@ -158,6 +166,8 @@ class Scheduler:
 
         Returns whether the job is through with its prompt, or has failed.
         """
+        if job.score_top is None:
+            self._catch_up(job)
         session, prompt = job.session, job.reply.prompt
         assert session is not None
         begin, size = job.position, self._settings.prefill_slice
@@ -178,6 +188,7 @@ class Scheduler:
                 raise _Cancelled
             if job.score_top is None:
                 logits = session.sync(prompt[:end], after_layer)
+                self._prefixes.share(session)
             else:
                 every = session.extend(prompt[begin:end], after_layer)
                 job.score(every)
@@ -194,6 +205,27 @@ class Scheduler:
         else:
             self._replies.append((job, logits))
         return True
+
+    def _catch_up(self, job: Job) -> None:
+        """Go on from what another prompt with the same beginning has computed meanwhile.
+
+        So of several that came together, each computes every so many slices.
+        """
+        prompt, session = job.reply.prompt, job.session
+        assert session is not None
+        if self.active == 1 or len(prompt) - job.position < self._settings.prefill_slice:
+            return
+        known = self._prefixes.common_prefix(prompt)
+        known -= known % self._settings.prefill_slice  # as if it had computed these slices itself
+        if known <= job.position:
+            return
+        self._prefixes.give_back(session)
+        job.session = session = self._prefixes.take(prompt[:known])
+        position = session.common_prefix(prompt)
+        job.todo_tokens -= position - job.position
+        job.found_tokens += position - job.position
+        job.position = position
+        job.reply.start(job.found_tokens)
 
     def _decode(self) -> None:
         """One token for each reply, and what the model says after it."""

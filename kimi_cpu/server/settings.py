@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -23,9 +24,12 @@ class Settings:
         those places, further ones are refused (429).
     prefill_slice: tokens of a prompt computed between two decode steps. Slices end at multiples of
         it, so that what a prompt gives does not depend on who else is being served.
-    session_bytes: latents kept for the next request of a conversation.
+    session_bytes: of memory, latents kept for later requests.
+    cache_dir: folder where latents are kept that memory has no room for, and all at the end; none
+        by default. cache_bytes: what may lie there.
     heartbeat_s: silence after which a stream gets a comment, so that nobody thinks it is dead.
     shutdown_s: how long replies may go on when the server is told to stop.
+    save_s: how long latents may be written after that.
     """
 
     host: str = "127.0.0.1"
@@ -36,8 +40,11 @@ class Settings:
     max_waiting: int = 64
     prefill_slice: int = 512
     session_bytes: int = 1 << 30
+    cache_dir: Path | None = None
+    cache_bytes: int = 16 << 30
     heartbeat_s: float = 5.0
     shutdown_s: float = 10.0
+    save_s: float = 10.0
 
 
 @dataclass(frozen=True)

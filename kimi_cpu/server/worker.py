@@ -10,10 +10,10 @@ from typing import Literal
 
 from kimi_cpu.chat.grammar.compiler import vocabulary
 from kimi_cpu.errors import UserError
+from kimi_cpu.prefixes import PrefixCache
 from kimi_cpu.server.errors import unavailable
 from kimi_cpu.server.jobs import Job
 from kimi_cpu.server.metrics import Metrics
-from kimi_cpu.server.prefixes import Prefixes
 from kimi_cpu.server.scheduler import Scheduler
 from kimi_cpu.server.settings import ServedModel, Settings
 
@@ -24,6 +24,9 @@ State = Literal["loading", "ready", "failed", "stopping", "stopped"]
 Load = Callable[[Callable[[str], None]], ServedModel]
 
 _IDLE_S = 60.0
+#: After so long without work what was computed goes to disk, piece by piece.
+_SETTLED_S = 5.0
+_BETWEEN_SAVES_S = 0.2
 
 
 class Worker:
@@ -123,18 +126,19 @@ class Worker:
             model = self._load(self._set_phase)
             self._set_phase("kernels")
             warm_up(model)
+            prefixes = PrefixCache(
+                model.engine,
+                self._settings.session_bytes,
+                folder=self._settings.cache_dir,
+                folder_bytes=self._settings.cache_bytes,
+            )
         except Exception as error:
             if not isinstance(error, UserError):
                 log.error("loading the model failed", exc_info=error)
             self.error = error
             self._become("failed")
             return
-        scheduler = Scheduler(
-            model.engine,
-            Prefixes(model.engine, self._settings.session_bytes),
-            self._settings,
-            self._metrics,
-        )
+        scheduler = Scheduler(model.engine, prefixes, self._settings, self._metrics)
         self._metrics.watch(scheduler)
         with self._stopping:
             self._scheduler, self._model = scheduler, model
@@ -142,12 +146,14 @@ class Worker:
                 scheduler.close(self._stop_by)
         self._become("ready")
         try:
-            self._serve(scheduler)
+            self._serve(scheduler, prefixes)
         finally:
+            prefixes.close(self._settings.save_s)
             model.engine.close()
             self._become("stopped")
 
-    def _serve(self, scheduler: Scheduler) -> None:
+    def _serve(self, scheduler: Scheduler, prefixes: PrefixCache) -> None:
+        pause_s = _SETTLED_S
         while True:
             try:
                 worked = scheduler.turn()
@@ -158,10 +164,13 @@ class Worker:
             if scheduler.overdue:
                 scheduler.abort()
                 return
-            if not worked:
-                if self._stop_by is not None and not scheduler.waiting:
-                    return
-                scheduler.wait(_IDLE_S)
+            if worked:
+                pause_s = _SETTLED_S
+                continue
+            if self._stop_by is not None and not scheduler.waiting:
+                return
+            if not scheduler.wait(pause_s):
+                pause_s = _BETWEEN_SAVES_S if prefixes.save_some() else _IDLE_S
 
     def _set_phase(self, phase: str) -> None:
         self.phase = phase

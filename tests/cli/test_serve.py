@@ -101,6 +101,27 @@ def test_serving_and_stopping(start):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+def test_what_was_computed_is_there_after_a_restart(start, tmp_path):
+    text = " ".join(f"Line {n}." for n in range(200))
+    body = {"messages": [{"role": "user", "content": text}], "max_tokens": 5}
+    args = ["--cache-dir", str(tmp_path / "made"), "--cache-bytes", "1G", "--cache-memory", "64M"]
+    replies = []
+    for end_by in (signal.SIGINT, signal.SIGTERM):
+        server = start(*args)
+        answer = post(f"{server.url()}/v1/chat/completions", body)
+        usage, replies = answer["usage"], [*replies, answer["choices"][0]["message"]]
+        cached = usage["prompt_tokens_details"]["cached_tokens"]
+        assert cached == (0 if end_by == signal.SIGINT else usage["prompt_tokens"])
+        assert usage["prompt_tokens"] > 256 and "Traceback" not in server.end(end_by)[1]
+    assert replies[0] == replies[1]
+
+
+def test_cache_bytes_alone(capsys):
+    assert main(["serve", "--cache-bytes", "1G"]) == 2
+    assert "--cache-dir" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
 @pytest.mark.parametrize("numbers", [["SIGINT"], ["SIGTERM"], ["SIGINT", "SIGINT"]])
 def test_stopping_a_reply_that_is_under_way(start, numbers):
     server = start("--api-key", "k")

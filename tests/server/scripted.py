@@ -17,7 +17,9 @@ import numpy as np
 
 from kimi_cpu.chat.template import TEMPLATE_FILE, ChatTemplate
 from kimi_cpu.cli.common import embedded_model
+from kimi_cpu.engine import SessionSnapshot
 from kimi_cpu.errors import ContextError
+from kimi_cpu.kv_cache import BlockPool, LatentCache
 from kimi_cpu.sampling import SamplingParams
 from kimi_cpu.server.settings import ServedModel
 from kimi_cpu.store.experts.policy import Frequency
@@ -35,6 +37,9 @@ class ScriptedEngine:
     broken: raised by the next step. gate: cleared, it holds prompts after a layer.
     """
 
+    precision = "exact"
+    kernels_name = "scripted"
+
     def __init__(
         self,
         tokenizer: Tokenizer,
@@ -45,8 +50,11 @@ class ScriptedEngine:
         step_s: float = 0.0,
     ) -> None:
         self.config = SimpleNamespace(
-            max_position_embeddings=context, eos_token_ids=(), moe_layers=[1, 2]
-        )
+            max_position_embeddings=context, eos_token_ids=(), moe_layers=[1, 2],
+            vocab_size=tokenizer.n_vocab, num_hidden_layers=1, kv_lora_rank=4, qk_rope_head_dim=2,
+        )  # fmt: skip
+        self.pool = BlockPool(self.config)  # type: ignore[arg-type]
+        self.folder = embedded_model()
         # What GET /routing looks at: nothing is ever chosen.
         self.experts = SimpleNamespace(
             n_experts=8, top_k=2, policy=Frequency(16), stats=lambda: ExpertStats()
@@ -105,6 +113,7 @@ class ScriptedSession:
     def __init__(self, engine: ScriptedEngine) -> None:
         self._engine = engine
         self.ids: list[int] = []
+        self._cache = LatentCache(engine.config, engine.pool)  # its rows hold nothing
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -117,9 +126,12 @@ class ScriptedSession:
     def remaining(self) -> int:
         return self._engine.config.max_position_embeddings - len(self.ids)
 
-    @property
-    def cache_bytes(self) -> int:
-        return 100 * len(self.ids)
+    def snapshot(self) -> SessionSnapshot:
+        return SessionSnapshot(self.tokens, self._cache.branch(len(self)), None)
+
+    def restore(self, snapshot: SessionSnapshot) -> None:
+        self._cache.take_over(snapshot.cache)
+        self.ids = list(snapshot.tokens)
 
     def common_prefix(self, ids) -> int:
         n = 0
@@ -130,6 +142,7 @@ class ScriptedSession:
     def sync(self, ids, progress=None) -> np.ndarray:
         keep = min(self.common_prefix(ids), len(ids) - 1)
         del self.ids[keep:]
+        self._cache.truncate(keep)
         self._append(ids[keep:], progress)
         return self._engine.logits(self.ids)
 
@@ -159,6 +172,8 @@ class ScriptedSession:
             engine.layers += 1
             engine.gate.wait(20)
             progress(len(ids) * (layer + 1) // LAYERS, len(ids))
+        self._cache.reserve(len(ids))
+        self._cache.advance(len(ids))
         self.ids.extend(ids)
         engine.computed += len(ids)
 
