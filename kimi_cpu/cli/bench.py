@@ -114,7 +114,7 @@ def command(
     tests = _tests(Test, n_prompt, n_gen, n_pg, n_depth)
     thread_counts = threads or [hardware.default_threads()]
     if not isa.is_cached():
-        note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
+        note("Compiling the kernels for this CPU, only this once (up to a minute) ...")
     steps = count_steps(len(tests), len(thread_counts), repetitions)
     records: list[dict[str, Any]] = []
     with tqdm(

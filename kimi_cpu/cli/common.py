@@ -250,7 +250,7 @@ def load_model(
     finally:
         status.clear()
     if not isa.is_cached():
-        note("Compiling the kernels for this CPU, only this once (10 to 30 s) ...")
+        note("Compiling the kernels for this CPU, only this once (up to a minute) ...")
     return Loaded(folder, engine, engine.session(), tokenizer, template, isa.mark_cached)
 
 
