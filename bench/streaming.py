@@ -26,7 +26,6 @@ from tqdm import tqdm
 
 from kimi_cpu import hardware
 from kimi_cpu.benchmark import pagecache
-from kimi_cpu.benchmark.traffic import trunk_weights
 from kimi_cpu.engine import Engine
 from kimi_cpu.errors import UserError
 from kimi_cpu.kernels import fast
@@ -38,6 +37,7 @@ from kimi_cpu.store.experts.budget import make_budget
 from kimi_cpu.store.experts.opening import open_experts
 from kimi_cpu.store.experts.policy import Frequency, LeastRecent
 from kimi_cpu.store.experts.simulation import Trace, simulate, zipf_trace
+from kimi_cpu.store.summary import summarise
 
 #: Latents of the few hundred tokens that are decoded.
 _LATENT_BYTES = 64 << 20
@@ -79,9 +79,7 @@ class Measured:
     wait_s: float  # a token
 
 
-def decode(
-    folder: Path, trace: Trace, slots: int, skip: int, io: str, precision: str = "fast"
-) -> Measured:
+def decode(folder: Path, trace: Trace, slots: int, skip: int, io: str) -> Measured:
     """Decode a trace with so many experts in memory; the first `skip` tokens are not counted."""
     checkpoint = Checkpoint.open(folder)
     try:
@@ -91,7 +89,7 @@ def decode(
             checkpoint, memory=memory + _LATENT_BYTES, io=io, lookahead=False  # type: ignore[arg-type]
         )  # fmt: skip
         kernels = TracedKernels(trace)
-        model = Model(checkpoint, store, kernels, precision, hardware.default_threads())  # type: ignore[arg-type]
+        model = Model(checkpoint, store, kernels, "fast", hardware.default_threads())
         with Engine(checkpoint, model) as engine:
             session = engine.session()
             for token in range(len(trace)):
@@ -131,7 +129,7 @@ def main() -> None:
     total = layers * experts
     expert_bytes = checkpoint.expert_bytes / total
     drop(checkpoint)
-    trunk = trunk_bytes(options.folder)
+    trunk = summarise(checkpoint).token_trunk_bytes
     reader, threads = DramReader(), hardware.default_threads()
     rows = []
     for share in tqdm([0.0, *shares], disable=None, leave=False, file=sys.stderr):
@@ -177,16 +175,6 @@ def show(rows: list[list[str]]) -> None:
         print("| " + " | ".join(_COLUMNS) + " |")
         print("|" + "|".join(" ---: " for _ in _COLUMNS) + "|")
     print("| " + " | ".join(rows[-1]) + " |", flush=True)
-
-
-def trunk_bytes(folder: Path) -> int:
-    """Bytes of the weights that every token passes."""
-    checkpoint = Checkpoint.open(folder)
-    with open_experts(checkpoint, io="mmap") as store:
-        model = Model(checkpoint, store, fast, "fast", 1)
-        total = sum(weight.nbytes for _, weight in trunk_weights(model))
-    checkpoint.close()
-    return total
 
 
 if __name__ == "__main__":

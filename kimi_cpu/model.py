@@ -175,8 +175,7 @@ class Model:
 
         Then, and only then, the budget has an influence on the numbers: in their last digits.
         """
-        c = self.config
-        latents = 4 * prompt * c.num_hidden_layers * (c.kv_lora_rank + c.qk_rope_head_dim)
+        latents = prompt * self._pool.layers * self._pool.row_bytes
         spare = self.experts.spare_bytes(self.latent_bytes() + latents)
         return max(min(most, (PASS_RESERVE + spare) // self.token_bytes), 1)
 

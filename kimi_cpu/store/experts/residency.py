@@ -16,9 +16,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol, Self
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -257,12 +257,6 @@ class ExpertStore:
                 self._useful.clear()
                 self.looks_ahead[0] = 1
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
     def close(self) -> None:
         """End the threads and close the files. Weights handed out stay valid."""
         self._reader.close()
@@ -299,21 +293,12 @@ class ExpertStore:
         if self._lookahead:
             self._judge(layer, wanted)
         if len(wanted) > self.top_k:
-            self._read_on(layer, self._missing(layer, sorted(ids))[: self._window], (), ids)
+            self._read_on(layer, sorted(ids), ())
             return
         with self._changing():
             self._protected = wanted
             self._publish()
-            new = []
-            for number in sorted(wanted):
-                if self._slot_of[number] >= 0:
-                    continue
-                load = self._loads.get(number)
-                if load is None:
-                    new.append(self._start(number, self._slot()))
-                elif load.ahead:
-                    self._reader.hurry(load)
-            self._reader.submit(new)
+            self._begin(sorted(wanted), self._slot)
 
     def arrived(self, layer: LayerExperts, ids: Sequence[int]) -> list[int]:
         begin = None
@@ -338,7 +323,7 @@ class ExpertStore:
         # What is computed with and what is read meanwhile share the slots.
         most = max(self._capacity - self._window, 1)
         while left or group:
-            self._read_on(layer, self._missing(layer, left)[: self._window], group, left)
+            self._read_on(layer, left, group)
             if group:
                 yield group
             group = []
@@ -478,34 +463,38 @@ class ExpertStore:
         """Those that are not resident, in the order given."""
         return [e for e in ids if self._slot_of[layer.first + e] < 0]
 
-    def _read_on(
-        self, layer: LayerExperts, soon: Sequence[int], group: Sequence[int],
-        later: Collection[int],
-    ) -> None:  # fmt: skip
-        """Start reading of `soon` what slots can be found for beside those of `group`.
+    def _read_on(self, layer: LayerExperts, ids: Sequence[int], group: Collection[int]) -> None:
+        """Start reading of the first missing ones what slots can be found for beside `group`.
 
-        What is needed `later` is let go only if there is nothing else.
+        The others of `ids` are let go only if there is nothing else.
         """
         with self._changing():
             self._publish()
+            soon = self._missing(layer, ids)[: self._window]
             self._protected = {layer.first + e for e in (*group, *soon)}
-            needed = self._protected | {layer.first + e for e in later}
-            new = []
-            for e in soon:
-                number = layer.first + e
-                load = self._loads.get(number)
-                if self._slot_of[number] >= 0:
-                    continue
-                if load is None:
-                    slot = self._free_slot(needed)
-                    if slot is None:
-                        slot = self._free_slot(self._protected)
-                    if slot is None:
-                        break
-                    new.append(self._start(number, slot))
-                elif load.ahead:
-                    self._reader.hurry(load)
-            self._reader.submit(new)
+            needed = self._protected | {layer.first + e for e in ids}
+
+            def slot() -> int | None:
+                found = self._free_slot(needed)
+                return self._free_slot(self._protected) if found is None else found
+
+            self._begin([layer.first + e for e in soon], slot)
+
+    def _begin(self, numbers: Sequence[int], slot: Callable[[], int | None]) -> None:
+        """Start or hurry the reading of those that are not resident, as long as slots are found."""
+        new = []
+        for number in numbers:
+            load = self._loads.get(number)
+            if self._slot_of[number] >= 0:
+                continue
+            if load is None:
+                found = slot()
+                if found is None:
+                    break
+                new.append(self._start(number, found))
+            elif load.ahead:
+                self._reader.hurry(load)
+        self._reader.submit(new)
 
     def _judge(self, layer: LayerExperts, wanted: set[int]) -> None:
         """Learn whether what was loaded ahead for this layer is of use, and draw conclusions."""

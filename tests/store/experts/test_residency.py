@@ -215,6 +215,28 @@ def failing_store(checkpoint: Checkpoint, slots: int) -> tuple[ExpertStore, Fail
     return ExpertStore(checkpoint, backend, budget), backend
 
 
+def test_what_is_asked_for_on_its_way_becomes_a_demand(checkpoint: Checkpoint) -> None:
+    """It goes before other guesses, and does not count as having been there."""
+    store, backend = failing_store(checkpoint, 12)
+    found = shelves(checkpoint, store)
+    backend.gate = threading.Event()
+    store.layer(1).anticipate([3, 4, 5, 6])
+    experts = store.layer(1)
+    experts.count(np.array([[4, 5, 8, 9]], dtype=np.int32))
+    experts.request([4, 5, 8, 9])
+    assert {n: load.ahead for n, load in store._loads.items()} == {
+        3: True, 6: True, 4: False, 5: False, 8: False, 9: False,
+    }  # fmt: skip
+    backend.gate.set()
+    left = [4, 5, 8, 9]
+    while left:
+        left = [e for e in left if e not in experts.arrived(left)]
+    found[1].check([4, 5, 8, 9])
+    stats = store.stats()
+    assert (stats.ahead, stats.ahead_used, stats.ahead_hits, stats.hits) == (4, 2, 0, 0)
+    store.close()
+
+
 def test_a_disk_error_is_told_and_can_be_over(checkpoint: Checkpoint) -> None:
     store, backend = failing_store(checkpoint, TOP_K)
     found = shelves(checkpoint, store)
