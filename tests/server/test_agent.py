@@ -23,7 +23,7 @@ from kimi_cpu.server.settings import ServedModel  # noqa: E402
 from kimi_cpu.tokenizer import Tokenizer  # noqa: E402
 from tests.server.scripted import ScriptedEngine  # noqa: E402
 from tests.text.conftest import SHARED, kimi_folder  # noqa: E402, F401 (a fixture)
-from tests.text.test_grammar import RandomModel, requests  # noqa: E402
+from tests.text.grammars import RandomModel, requests  # noqa: E402
 
 
 def function(name: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:

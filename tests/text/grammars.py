@@ -12,6 +12,7 @@ from kimi_cpu.chat.grammar import Constraint, DeadEndError
 from kimi_cpu.chat.parser import StreamParser
 from kimi_cpu.sampling import Sampler, SamplingParams
 from kimi_cpu.tokenizer import Tokenizer
+from tests.text.conftest import SHARED
 
 ENDS = ("<|im_end|>", "[EOS]")
 
@@ -53,6 +54,14 @@ def accept(tokenizer: Tokenizer, constraint: Constraint, *parts: str) -> None:
             best = max(fitting, key=lambda i: len(texts[i]))
             constraint.accept(best)
             rest = rest[len(texts[best]) :]
+
+
+def requests() -> list[dict[str, Any]]:
+    """The published tool-call cases; none when they are not at hand."""
+    path = SHARED / "tool_call_requests.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 class RandomModel:

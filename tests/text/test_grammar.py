@@ -32,11 +32,10 @@ from tests.text.grammars import (
     controls,
     json_schema,
     parsed,
+    requests,
     run,
     tool,
 )
-
-from .conftest import SHARED
 
 NANO = Path(__file__).resolve().parents[2] / "weights" / "nano"
 
@@ -370,13 +369,6 @@ def test_the_scan_sees_what_json_is(value: Any) -> None:
     assert deepest == depth(value)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     assert (scan.room is not None) == (is_number and value not in (float("inf"), -float("inf")))
-
-
-def requests() -> list[dict[str, Any]]:
-    path = SHARED / "tool_call_requests.jsonl"
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 @pytest.mark.skipif(not requests(), reason="the tool-call cases are not at hand")
