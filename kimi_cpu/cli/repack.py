@@ -13,7 +13,7 @@ import click
 
 from kimi_cpu.cli.inspect import size
 from kimi_cpu.cli.terminal import note
-from kimi_cpu.errors import UsageError
+from kimi_cpu.errors import UsageError, UserError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -28,8 +28,9 @@ ALIGNMENTS = {"4K": 4096, "64K": 65536}
     epilog="SRC is a published checkpoint with INT4 experts, DST a new folder; docs/format.md says "
     "what it will hold. Experts stay bit for bit what they are; the rest becomes int8 in groups of "
     "32 unless --trunk says otherwise, and how far that is from the source is measured and "
-    "reported. It can be interrupted in any way, and the same command goes on from there. With "
-    "--verify DST is compared with SRC, or with its checksums alone if SRC is left out."
+    "reported: by tensor, and in what the model predicts if both fit into memory. It can be "
+    "interrupted in any way, and the same command goes on from there. With --verify DST is "
+    "compared with SRC, or with its checksums alone if SRC is left out."
 )
 @click.argument("src", type=click.Path(path_type=Path))
 @click.argument("dst", type=click.Path(path_type=Path), required=False)
@@ -94,8 +95,12 @@ def command(
         report = repack(plan, LocalShards(delete_source_shards), threads, bar.update)
     took_s = time.monotonic() - started
     click.echo(report_text(report, plan.layout.n_bytes - plan.done_bytes, took_s))
-    if not delete_source_shards:
-        note(f"To compare it with the source: kimi-cpu repack --verify {src} {report.target}")
+    if delete_source_shards:
+        note("Predictions are not compared: the source's shards are deleted.")
+    else:
+        if report.overall is not None:
+            _compare_predictions(src, report.target)
+        note(f"To compare every number: kimi-cpu repack --verify {src} {report.target}")
 
 
 @contextmanager
@@ -174,20 +179,34 @@ def _verified_text(found: Verified, source: Path | None) -> str:
 
 
 def _compare_predictions(source: Path, folder: Path) -> None:
+    """Print how far rounding moved what the model predicts, or say how to get to know it.
+
+    It takes about as long as reading both checkpoints once.
+    """
     from tqdm import tqdm
 
     from kimi_cpu.benchmark.divergence import divergence, fits_in_memory
+    from kimi_cpu.kernels import isa
 
-    if not fits_in_memory(source, folder):
-        note("Predictions are not compared: the checkpoints do not fit into the free memory.")
+    try:
+        if not fits_in_memory(source, folder):
+            note(
+                "Predictions are not compared: the checkpoints do not fit into the free memory. "
+                f"Where they do: kimi-cpu repack --verify {source} {folder}"
+            )
+            return
+        if not isa.is_cached():
+            note("Compiling the kernels for this CPU, only this once (up to a minute) ...")
+        with tqdm(unit=" tokens", desc="predicting", disable=None) as bar:
+
+            def progress(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            found = divergence(source, folder, progress)
+    except UserError as exc:  # the checkpoint is packed and right, whatever is missing here
+        note(f"Predictions are not compared: {exc}")
         return
-    with tqdm(unit=" tokens", desc="predicting", disable=None) as bar:
-
-        def progress(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        found = divergence(source, folder, progress)
     value = (
         f"KL {found.mean_kl:.2g} nats on average, {found.max_kl:.2g} at most, same likeliest "
         f"token {found.same_top:.1%} ({found.source})"

@@ -12,6 +12,7 @@ import pytest
 from kimi_cpu.benchmark import divergence as divergence_module
 from kimi_cpu.cli import repack as repack_module
 from kimi_cpu.cli.main import main
+from kimi_cpu.errors import UsageError
 from kimi_cpu.store.checkpoint import MANIFEST_NAME, Checkpoint
 from kimi_cpu.store.repack import run as run_module
 from tests.tiny import tiny_checkpoint
@@ -48,9 +49,13 @@ def test_repack_then_verify(source: Path, tmp_path: Path, repack: Any) -> None:
     for kind in ("q_a_proj", "o_proj", "shared down_proj", "lm_head"):
         assert f"  {kind}" in out
     assert f"kimi-cpu repack --verify {source} {target}" in err
+    predictions = out.splitlines()[-1]
+    assert predictions.startswith("predictions") and "64 random tokens" in predictions
+    kl, at_most = (float(predictions.split(word)[1].split()[0]) for word in ("KL", "average,"))
+    assert 0 < kl < at_most < 0.1
     code, out, _ = repack("--verify", source, target)
     assert code == 0 and f"32 equal to {source} bit for bit" in out
-    assert "predictions" in out and "KL" in out and "random tokens" in out
+    assert out.splitlines()[-1] == predictions
     code, out, _ = repack("--verify", target)
     assert code == 0 and "not compared" in out
 
@@ -60,17 +65,32 @@ def test_options_reach_the_result(source: Path, tmp_path: Path, repack: Any) -> 
     assert code == 0 and "the rest          as published" in out
     manifest = json.loads((tmp_path / "p" / MANIFEST_NAME).read_text("utf-8"))
     assert manifest["trunk"]["form"] == "bf16" and manifest["experts"]["align"] == 65536
+    assert "predictions" not in out  # nothing was rounded
     code, out, _ = repack("--verify", source, tmp_path / "p")
-    assert code == 0 and "predictions" not in out  # nothing was rounded
+    assert code == 0 and "predictions" not in out
 
 
 def test_too_large_to_compare(
     source: Path, tmp_path: Path, repack: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(divergence_module, "_MEMORY_SHARE", 0.0)
-    repack(source, tmp_path / "p")
-    code, out, err = repack("--verify", source, tmp_path / "p")
-    assert code == 0 and "predictions" not in out and "do not fit into the free memory" in err
+    for args in ((), ("--verify",)):
+        code, out, err = repack(*args, source, tmp_path / "p")
+        assert code == 0 and "predictions" not in out and "do not fit into the free memory" in err
+        assert f"Where they do: kimi-cpu repack --verify {source}" in err
+
+
+def test_a_comparison_that_fails_leaves_the_result(
+    source: Path, tmp_path: Path, repack: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise UsageError("the memory that may be used now is 0.1G")
+
+    monkeypatch.setattr(divergence_module, "divergence", fail)
+    code, out, err = repack(source, tmp_path / "p")
+    assert code == 0 and "bit for bit as published" in out
+    assert "Predictions are not compared: the memory that may be used now is 0.1G" in err
+    Checkpoint.open(tmp_path / "p").close()
 
 
 def test_delete_source_shards(tmp_path: Path, source: Path, repack: Any) -> None:
@@ -78,6 +98,7 @@ def test_delete_source_shards(tmp_path: Path, source: Path, repack: Any) -> None
     shutil.copytree(source, own)
     code, _, err = repack(own, tmp_path / "p", "--delete-source-shards")
     assert code == 0 and not list(own.glob("*.safetensors")) and "--verify" not in err
+    assert "not compared: the source's shards are deleted" in err
     assert repack("--verify", source, tmp_path / "p")[0] == 0
 
 
