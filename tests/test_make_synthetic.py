@@ -11,13 +11,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
+from kimi_cpu.cli.main import main as cli
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.engine import Engine
 from kimi_cpu.kernels import reference
 from kimi_cpu.quant import Int4Weight, dequantize, unpack_int4
 from kimi_cpu.store.checkpoint import Checkpoint
+from kimi_cpu.tokenizer import Tokenizer
 from tools import make_synthetic
 from tools.make_synthetic import Arguments, Shard, Tensor, config_values, main, plan_shards
+from tools.synthetic_tokenizer import tokenizer_files
 
 GB = 1_000_000_000
 
@@ -43,7 +46,9 @@ def test_opens_with_the_shape_asked_for(folder: Path) -> None:
     assert (config.num_hidden_layers, config.first_k_dense_replace) == (3, 1)
     assert (config.n_routed_experts, config.vocab_size) == (16, 512)
     assert checkpoint.n_files > 1
-    assert {path.suffix for path in folder.iterdir()} == {".json", ".safetensors"}
+    assert {path.suffix for path in folder.iterdir()} == {
+        ".json", ".safetensors", ".model", ".jinja"
+    }  # fmt: skip
     assert checkpoint.find_non_finite(checkpoint.names()) is None
     checkpoint.close()
 
@@ -96,6 +101,58 @@ def test_routing_spreads_and_activations_stay_bounded_over_all_layers(
     for layer, experts in enumerate(chosen, start=1):
         loads = np.bincount(experts.ravel(), minlength=32)
         assert loads.max() < 4 * loads.mean(), f"layer {layer}"
+
+
+TEXT = 'def f(x):\n    return {"Größe": [x, 2026]}  # 你好, it\'s 🙂 <|im_end|>'
+
+
+@pytest.mark.parametrize("vocab", [512, 513, 1500, 8192, 163_840])
+def test_a_tokenizer_of_exactly_the_vocabulary(vocab: int, tmp_path: Path) -> None:
+    for name, data in tokenizer_files(vocab, 4096).items():
+        (tmp_path / name).write_bytes(data)
+    tokenizer = Tokenizer.load(tmp_path)
+    assert (tokenizer.n_vocab, tokenizer.n_ranks) == (vocab, vocab - 256)
+    ids = tokenizer.encode_text(TEXT)
+    assert tokenizer.decode(ids) == TEXT
+    assert max(ids) < tokenizer.n_ranks
+    names = {"[BOS]": 0, "[EOS]": 1, "<|im_end|>": 2, "<|im_system|>": 10, "</think>": 23}
+    names |= {"<|tool_call_begin|>": 13, "<|im_middle|>": 17, "[PAD]": 255}
+    assert {name: tokenizer.control(name) - tokenizer.n_ranks for name in names} == names
+    # Every piece that is text comes out as itself: none is there for nothing.
+    for i in range(256, tokenizer.n_ranks, 1 + vocab // 5000):
+        piece = tokenizer.token_bytes(i)
+        assert tokenizer.encode_text(piece.decode()) == [i], piece
+
+
+def test_tokens_are_what_others_are_joined_of(tmp_path: Path) -> None:
+    """Pieces that are not whole words come about by merging two earlier ones."""
+    for name, data in tokenizer_files(100_000, 4096).items():
+        (tmp_path / name).write_bytes(data)
+    tokenizer = Tokenizer.load(tmp_path)
+    pieces = [tokenizer.token_bytes(i) for i in range(tokenizer.n_ranks)]
+    rank = {piece: i for i, piece in enumerate(pieces)}
+    for i in range(1024, len(pieces)):  # the first are nano's
+        whole = pieces[i]
+        parts = [(whole[:cut], whole[cut:]) for cut in range(1, len(whole))]
+        assert any(max(rank.get(a, i), rank.get(b, i)) < i for a, b in parts), whole
+
+
+def test_it_can_be_talked_to(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["run", "--model", str(folder), "--temp", "0", "--json", "--max-tokens", "5"]
+    assert cli([*command, "What is 17 + 25?"]) == 0
+    assert json.loads(capsys.readouterr().out)["usage"]["completion_tokens"] == 5
+
+
+def test_a_folder_without_tokenizer_is_completed(folder: Path, tmp_path: Path) -> None:
+    """As versions before wrote them."""
+    older = tmp_path / "older"
+    shutil.copytree(folder, older)
+    written = {path.name: path.stat().st_mtime_ns for path in older.glob("*.safetensors")}
+    for name in ("tiktoken.model", "tokenizer_config.json", "chat_template.jinja"):
+        (older / name).unlink()
+    assert run(older) == 0
+    assert contents(older) == contents(folder)
+    assert {path.name: path.stat().st_mtime_ns for path in older.glob("*.safetensors")} == written
 
 
 def test_same_arguments_give_the_same_bytes(folder: Path, tmp_path: Path) -> None:
@@ -208,7 +265,7 @@ def test_only_what_is_missing_needs_space(folder: Path, monkeypatch: pytest.Monk
     [
         (("--dense", "4"), "--dense 4 does not fit --layers 3"),
         (("--dense", "-1"), "--dense -1"),
-        (("--vocab", "255"), "--vocab 255"),
+        (("--vocab", "511"), "--vocab 511 is below 512"),
         (("--experts", "2"), "num_experts_per_tok"),
         (("--experts", "0"), "n_routed_experts"),
     ],

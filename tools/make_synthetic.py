@@ -1,14 +1,15 @@
 """Write a checkpoint of Kimi K2 Thinking's true widths with random weights, to measure on.
 
 The folder has the published format (config.json, generation_config.json, INT4 experts, bf16
-rest, shards and index), only with fewer layers and, by default, a smaller vocabulary. It has no
-tokenizer: the published one does not fit another vocabulary, and random weights say nothing.
-Feed it token ids.
+rest, shards and index), only with fewer layers and, by default, a smaller vocabulary. Tokenizer and
+chat template are of our own making (see synthetic_tokenizer.py): it can be served and chatted with,
+though random weights say nothing.
 
 python tools/make_synthetic.py --out DIR --layers 2     # 1 dense + 1 MoE layer, 11 GB
 python tools/make_synthetic.py --out DIR --layers 61 --vocab 163840     # all of it, 594 GB
 
-Ctrl-C leaves a folder that the same command completes. The bytes depend on the arguments alone.
+Ctrl-C leaves a folder that the same command completes; so it does one of earlier versions, which
+had no tokenizer. The bytes depend on the arguments alone.
 """
 
 from __future__ import annotations
@@ -39,10 +40,11 @@ from kimi_cpu.quant import GROUP_SIZE, f32_to_bf16
 from kimi_cpu.store.checkpoint import INDEX_NAME
 from kimi_cpu.store.layout import expert_linears, trunk_linears, vectors
 from kimi_cpu.store.safetensors import NUMPY_DTYPES
+from tools.synthetic_tokenizer import MIN_VOCAB, tokenizer_files
 
 MANIFEST_NAME = "make_synthetic.json"
 
-#: Part of the manifest: raise it when the same arguments begin to give other bytes.
+#: Part of the manifest: raise it when the same arguments begin to give other weights.
 GENERATOR_VERSION = 1
 
 #: Left free on the disk after the last shard.
@@ -436,8 +438,12 @@ def write_shard(folder: Path, shard: Shard, seed: int, progress: Progress) -> No
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
+    _write_file(path, (json.dumps(values, indent=2) + "\n").encode())
+
+
+def _write_file(path: Path, data: bytes) -> None:
     part = _part(path)
-    part.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    part.write_bytes(data)
     part.replace(path)
 
 
@@ -509,6 +515,8 @@ def make(folder: Path, arguments: Arguments) -> tuple[int, int]:
     _write_json(folder / MANIFEST_NAME, manifest)
     _write_json(folder / "config.json", values)
     _write_json(folder / "generation_config.json", generation)
+    for name, data in tokenizer_files(config.vocab_size, config.max_position_embeddings).items():
+        _write_file(folder / name, data)
     label, done = str(folder), total - needed
     with tqdm(total=total, initial=done, unit="B", unit_scale=True, desc=label) as bar:
         for shard in missing:
@@ -536,8 +544,11 @@ def _arguments(options: argparse.Namespace) -> Arguments:
             f"--dense {arguments.dense} does not fit --layers {arguments.layers}",
             "--layers counts all layers, dense ones included.",
         )
-    if arguments.vocab < 256:
-        raise UsageError(f"--vocab {arguments.vocab} is below 256", "The last 256 ids are special.")
+    if arguments.vocab < MIN_VOCAB:
+        raise UsageError(
+            f"--vocab {arguments.vocab} is below {MIN_VOCAB}",
+            "256 ids are single bytes, the last 256 are special.",
+        )
     return arguments
 
 
