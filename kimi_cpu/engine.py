@@ -67,13 +67,14 @@ class Engine:
         threads: int | None = None,
         backend: Backend = "simd",
         memory: int | None = None,
+        latents: int | None = 0,
         io: Io | Literal["auto"] = "auto",
         trace: Path | None = None,
         lookahead: bool = True,
     ) -> Self:
         """Open a checkpoint folder; weights stay on disk until they are needed.
 
-        What `memory`, `io`, `trace` and `lookahead` say changes speed alone, no token.
+        What `memory`, `latents`, `io`, `trace` and `lookahead` say changes speed alone, no token.
 
         Args:
             path: folder with `config.json` and safetensors, or one that `kimi-cpu repack` wrote.
@@ -82,6 +83,9 @@ class Engine:
                 use. The numbers computed do not depend on it.
             backend: "simd", or "reference" for plain NumPy, which is slow and is the definition.
             memory: bytes that may be used; by default what is available now, less a tenth.
+            latents: bytes of them that are set aside for latents that are kept beside those of the
+                sessions in use (`prefixes.PrefixCache`); None takes a tenth, or less if that leaves
+                too little. `experts.latent_bytes` tells.
             io: how experts come from the disk, "mmap" or "direct"; "auto" takes what is faster.
             trace: file to which the routing of every token is written.
             lookahead: whether experts may be read before their router has spoken.
@@ -99,7 +103,7 @@ class Engine:
         checkpoint = Checkpoint.open(path)
         try:
             experts = open_experts(
-                checkpoint, memory=memory, io=io, trace=trace, lookahead=lookahead
+                checkpoint, memory=memory, latents=latents, io=io, trace=trace, lookahead=lookahead
             )
         except BaseException:
             checkpoint.close()

@@ -24,6 +24,10 @@ class UsageError(UserError):
     exit_code = 2
 
 
+class LowMemoryError(UsageError):
+    """The memory that may be used does not hold what must be there at the same time."""
+
+
 class ConfigError(UserError):
     """`config.json` is missing, malformed, or describes a model that this engine does not run."""
 

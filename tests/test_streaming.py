@@ -140,6 +140,36 @@ def test_a_conversation_that_outgrows_memory(published: Path) -> None:
         assert np.linalg.norm(session.sync([1, 2, 3]) - first) < 2e-2 * np.linalg.norm(first)
 
 
+def test_memory_set_aside_for_latents(published: Path) -> None:
+    """Experts neither get it nor lose their place to what is kept in it."""
+    slots = TOP_K + 6
+    with Engine.load(published) as engine:
+        block = engine._model._pool.block_bytes
+    memory = memory_for(published, slots, latents=False) + 8 * block
+    with Engine.load(published, memory=memory, latents=8 * block, threads=1) as engine:
+        store = engine.experts
+        assert store.latent_bytes == 8 * block and store.capacity == slots
+        kept: list[Session] = []
+        for _ in range(8):
+            kept.append(engine.session())
+            kept[-1].sync([1, 2, 3])
+            assert store.capacity == slots
+        kept.append(engine.session())
+        kept[-1].sync([1, 2, 3])
+        assert store.capacity < slots, "what is more than was set aside takes the experts' place"
+    slot = budget_of_slot(published)
+    with pytest.raises(
+        UsageError, match=r"at least .* for what is kept \(--cache-memory\)"
+    ) as told:
+        Engine.load(published, memory=memory, latents=8 * block + (6 + 1) * slot)
+    assert "smaller --cache-memory" in told.value.hint
+    with Engine.load(published, memory=memory, latents=None) as engine:
+        assert 0 < engine.experts.latent_bytes < memory // 10
+        assert engine.experts.capacity >= TOP_K
+    with Engine.load(published, memory=16 << 30, latents=None) as engine:
+        assert engine.experts.latent_bytes == (16 << 30) // 10
+
+
 def test_a_prompt_is_cut_where_memory_is_short(
     published: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

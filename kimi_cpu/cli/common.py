@@ -87,7 +87,7 @@ _STORE_OPTIONS = (
         help="How experts come from the disk; auto measures once which is faster.",
     ),
 )  # fmt: skip
-_TRACE_OPTION = click.option(
+trace_option = click.option(
     "--trace", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
     help="Write to FILE which experts each token uses, for `kimi-cpu plan`.",
 )  # fmt: skip
@@ -102,7 +102,7 @@ def store_options(command: Command) -> Command:
 
 def model_options(command: Command) -> Command:
     """The options of `chat` and `run`."""
-    command = store_options(_TRACE_OPTION(command))
+    command = store_options(trace_option(command))
     for option in reversed(_OPTIONS):
         command = option(command)
     return command
@@ -223,7 +223,7 @@ def model_folder(named: str | None) -> Path:
 
 def load_model(
     folder: Path, threads: int | None, precision: str, *, memory: int | None = None,
-    io: str = "auto", trace: Path | None = None,
+    latents: int | None = 0, io: str = "auto", trace: Path | None = None,
 ) -> Loaded:  # fmt: skip
     """Open a model folder, tokenizer and template first: they fail fastest.
 
@@ -244,7 +244,8 @@ def load_model(
         from kimi_cpu.kernels import isa
 
         engine = Engine.load(
-            folder, precision=precision, threads=threads, memory=memory, io=io, trace=trace,  # type: ignore[arg-type]
+            folder, precision=precision, threads=threads, memory=memory, latents=latents,  # type: ignore[arg-type]
+            io=io, trace=trace,  # type: ignore[arg-type]
         )  # fmt: skip
         check_tokenizer(tokenizer, engine.config)
     finally:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from kimi_cpu import hardware
 from kimi_cpu.cli import common
 from kimi_cpu.cli.terminal import note
 from kimi_cpu.errors import UsageError
@@ -51,9 +50,10 @@ CACHE_BYTES = 16 << 30
     "--queue", type=click.IntRange(1, 100_000), default=64, show_default=True, metavar="N",
     help="Requests that may wait; further ones get 429.",
 )  # fmt: skip
+@common.store_options
 @click.option(
     "--cache-memory", metavar="SIZE", callback=common.parsed_size,
-    help="Memory for what prompts and replies computed; default: a tenth of what is available.",
+    help="Of --memory, for what prompts and replies computed; default: a tenth.",
 )  # fmt: skip
 @click.option(
     "--cache-dir", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
@@ -62,6 +62,11 @@ CACHE_BYTES = 16 << 30
 @click.option(
     "--cache-bytes", metavar="SIZE", callback=common.parsed_size,
     help="What may lie in --cache-dir; default: 16G.",
+)  # fmt: skip
+@common.trace_option
+@click.option(
+    "--log-prompts", type=click.Path(path_type=Path, dir_okay=False), metavar="FILE",
+    help="Write to FILE the text of all prompts and replies, which no log holds otherwise.",
 )  # fmt: skip
 @click.option("--threads", "-t", type=int, metavar="N", help="CPU threads; default: all cores.")
 @click.option(
@@ -79,9 +84,13 @@ def command(
     cors_origin: tuple[str, ...],
     parallel: int,
     queue: int,
+    memory: int | None,
+    io: str,
     cache_memory: int | None,
     cache_dir: Path | None,
     cache_bytes: int | None,
+    trace: Path | None,
+    log_prompts: Path | None,
     threads: int | None,
     precision: str,
 ) -> None:
@@ -98,8 +107,6 @@ def command(
     if cache_bytes is not None and cache_dir is None:
         raise UsageError("--cache-bytes without --cache-dir", "Give the folder to keep them in.")
     folder = common.model_folder(model)
-    if cache_memory is None:
-        cache_memory = hardware.available_ram_bytes() // 10
     listening = _listen(host, port)
     url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
     settings = server.Settings(
@@ -108,14 +115,27 @@ def command(
         cors_origins=cors_origin,
         max_active=parallel,
         max_waiting=queue,
-        session_bytes=cache_memory,
         cache_dir=cache_dir,
+        log_prompts=log_prompts,
         cache_bytes=CACHE_BYTES if cache_bytes is None else cache_bytes,
     )
     _log_to_stderr()
 
     def load(phase: Callable[[str], None]) -> ServedModel:
-        return _load(folder, threads, precision, phase)
+        from kimi_cpu.server.ceiling import ceiling_tps
+        from kimi_cpu.server.settings import ServedModel
+
+        phase("weights")
+        defaults = common.sampling_params(folder)
+        loaded = common.load_model(
+            folder, threads, precision, memory=memory, latents=cache_memory, io=io, trace=trace
+        )
+        phase("memory speed")
+        engine = loaded.engine
+        return ServedModel(
+            loaded.name, engine, loaded.tokenizer, loaded.template, defaults, loaded.compiled,
+            ceiling_tps(folder, engine.threads), engine.experts.latent_bytes,
+        )  # fmt: skip
 
     def on_change(state: State) -> None:
         if state == "ready":
@@ -173,22 +193,6 @@ def _listen(host: str, port: int) -> socket.socket:
             f"cannot listen on port {port} of {host}: {error.strerror or error}",
             "Take another with --host and --port.",
         ) from None
-
-
-def _load(
-    folder: Path, threads: int | None, precision: str, phase: Callable[[str], None]
-) -> ServedModel:
-    from kimi_cpu.server.ceiling import ceiling_tps
-    from kimi_cpu.server.settings import ServedModel
-
-    phase("weights")
-    defaults = common.sampling_params(folder)
-    loaded = common.load_model(folder, threads, precision)
-    phase("memory speed")
-    return ServedModel(
-        loaded.name, loaded.engine, loaded.tokenizer, loaded.template, defaults, loaded.compiled,
-        ceiling_tps(folder, loaded.engine.threads),
-    )  # fmt: skip
 
 
 def _log_to_stderr() -> None:

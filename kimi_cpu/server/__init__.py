@@ -8,6 +8,7 @@
     ceiling.py    what the machine's memory allows a reply
     prompts.py    conversation -> token ids; replay.py finds the model's own tokens again
     stored.py     responses that later requests go on from
+    promptlog.py  the text of prompts and replies, for operators who ask for it
     worker.py     the inference thread: loads the model, runs the scheduler
     scheduler.py  whose turn it is: slices of prompts, then one token for every reply
     jobs.py       one unit of work, and how its results reach the event loop

@@ -62,7 +62,12 @@ JOIN_S = 5.0
 
 
 def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
-    """The ASGI application. It starts the worker, and ends it when the server stops."""
+    """The ASGI application. It starts the worker, and ends it when the server stops.
+
+    Raises UsageError if `settings.log_prompts` cannot be written.
+    """
+
+    service = Service(worker, settings, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -73,6 +78,7 @@ def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
             worker.abort()
             if not worker.join(JOIN_S):
                 log.warning("the inference thread did not end in time")
+            service.close()
 
     def count(path: str, code: int) -> None:
         # Unknown paths are one: they must not fill the memory.
@@ -102,7 +108,7 @@ def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
             Exception: _answer_error,
         },
     )
-    app.state.service = Service(worker, settings, metrics)
+    app.state.service = service
     app.state.routing_streams = routing.Streams()
     return app
 

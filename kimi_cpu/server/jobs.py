@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import itertools
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -95,6 +96,7 @@ class Job:
 
     Attributes:
         done_tokens, todo_tokens: how far the prompt is, for whoever waits.
+        watcher: is told each item, in the inference thread, before whoever asked.
     """
 
     _numbers = itertools.count(1)
@@ -124,6 +126,7 @@ class Job:
         self.submitted = time.perf_counter()
         self.queued_s = 0.0
         self.scores: list[Sampled] = []
+        self.watcher: Callable[[Item | BaseException], None] | None = None
         self._sink = sink
         self._cancelled = False
 
@@ -137,6 +140,8 @@ class Job:
 
     def give(self, item: Item | BaseException) -> None:
         """Hand an item to whoever asked."""
+        if self.watcher is not None:
+            self.watcher(item)
         self._sink.put(item)
 
     def score(self, logits: F32) -> None:

@@ -12,10 +12,11 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kimi_cpu.chat.grammar import DeadEndError
-from kimi_cpu.errors import ContextError, UserError
+from kimi_cpu.errors import ContextError, LowMemoryError, UserError
 from kimi_cpu.quant import F32
 from kimi_cpu.server.errors import ApiError, busy, internal, unavailable
 from kimi_cpu.server.jobs import Finished, Job, Scored, Step
@@ -187,7 +188,7 @@ class Scheduler:
             if job.cancelled:
                 raise _Cancelled
             if job.score_top is None:
-                logits = session.sync(prompt[:end], after_layer)
+                logits = self._with_room(lambda: session.sync(prompt[:end], after_layer))
                 self._prefixes.share(session)
             else:
                 every = session.extend(prompt[begin:end], after_layer)
@@ -262,12 +263,21 @@ class Scheduler:
         if not work:
             return []
         try:
-            return list(self._engine.step([s for s, _ in work], [token for _, token in work]))
+            sessions, tokens = [s for s, _ in work], [token for _, token in work]
+            return list(self._with_room(lambda: self._engine.step(sessions, tokens)))
         except Exception as error:
             if len(work) == 1:
                 return [error]
         # All are as before: one by one it shows whose error it is.
         return [outcome for one in work for outcome in self._step([one])]
+
+    def _with_room(self, compute: Callable[[], F32]) -> F32:
+        """Compute; if memory is short, without what is kept for later."""
+        try:
+            return compute()
+        except LowMemoryError:
+            self._prefixes.clear()
+            return compute()
 
     def _cut(self, job: Job) -> None:
         """It can go on no further: the context is full."""
@@ -287,6 +297,11 @@ class Scheduler:
             self._metrics.cancelled()
             log.info("%s #%d: the client left", job.label, job.number)
             self._release(job)
+            return
+        if isinstance(error, LowMemoryError):
+            self._release(job)
+            log.error("%s #%d: %s", job.label, job.number, error.message)
+            job.give(unavailable("not enough memory for this request", "out_of_memory", 30))
             return
         if isinstance(error, UserError | ApiError):
             self._release(job)

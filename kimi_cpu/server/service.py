@@ -10,7 +10,10 @@ import anyio
 import anyio.to_thread
 from starlette.requests import Request
 
+from kimi_cpu.server.errors import ApiError
+from kimi_cpu.server.jobs import Job
 from kimi_cpu.server.metrics import Metrics
+from kimi_cpu.server.promptlog import PromptLog
 from kimi_cpu.server.replay import Replies
 from kimi_cpu.server.settings import ServedModel, Settings
 from kimi_cpu.server.stored import StoredResponses
@@ -32,6 +35,8 @@ class Service:
         self.metrics = metrics
         self.stored = StoredResponses()
         self._replies: Replies | None = None
+        path = settings.log_prompts
+        self._prompt_log = None if path is None else PromptLog(path)
         self._limiter = anyio.CapacityLimiter(RENDERING_THREADS)
 
     @property
@@ -45,6 +50,22 @@ class Service:
         if self._replies is None:
             self._replies = Replies(self.model.tokenizer)
         return self._replies
+
+    def submit(self, job: Job) -> None:
+        """Queue a job. ApiError when the model is not there, the queue is full, or at the end."""
+        if self._prompt_log is not None:
+            self._prompt_log.begin(job, self.model.tokenizer)
+        try:
+            self.worker.submit(job)
+        except ApiError as error:
+            if job.watcher is not None:
+                job.watcher(error)
+            raise
+
+    def close(self) -> None:
+        """No job is under way any more."""
+        if self._prompt_log is not None:
+            self._prompt_log.close()
 
     async def in_thread(self, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Call a function that takes a while, without stopping the event loop."""

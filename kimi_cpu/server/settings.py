@@ -24,9 +24,9 @@ class Settings:
         those places, further ones are refused (429).
     prefill_slice: tokens of a prompt computed between two decode steps. Slices end at multiples of
         it, so that what a prompt gives does not depend on who else is being served.
-    session_bytes: of memory, latents kept for later requests.
     cache_dir: folder where latents are kept that memory has no room for, and all at the end; none
         by default. cache_bytes: what may lie there.
+    log_prompts: file to which the text of all prompts and replies is written; none by default.
     heartbeat_s: silence after which a stream gets a comment, so that nobody thinks it is dead.
     shutdown_s: how long replies may go on when the server is told to stop.
     save_s: how long latents may be written after that.
@@ -39,9 +39,9 @@ class Settings:
     max_active: int = 8
     max_waiting: int = 64
     prefill_slice: int = 512
-    session_bytes: int = 1 << 30
     cache_dir: Path | None = None
     cache_bytes: int = 16 << 30
+    log_prompts: Path | None = None
     heartbeat_s: float = 5.0
     shutdown_s: float = 10.0
     save_s: float = 10.0
@@ -54,6 +54,7 @@ class ServedModel:
     defaults: the sampling parameters that the checkpoint recommends.
     compiled: called once when all that a reply needs has been compiled.
     ceiling_tps: tokens a second that the machine's memory allows a reply, where that is the limit.
+    session_bytes: of memory, latents kept for later requests; the engine was told of them.
     """
 
     name: str
@@ -63,6 +64,7 @@ class ServedModel:
     defaults: SamplingParams
     compiled: Callable[[], None] = lambda: None
     ceiling_tps: float | None = None
+    session_bytes: int = 1 << 30
 
     @property
     def context(self) -> int:

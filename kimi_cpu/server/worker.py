@@ -128,7 +128,7 @@ class Worker:
             warm_up(model)
             prefixes = PrefixCache(
                 model.engine,
-                self._settings.session_bytes,
+                model.session_bytes,
                 folder=self._settings.cache_dir,
                 folder_bytes=self._settings.cache_bytes,
             )

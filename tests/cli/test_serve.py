@@ -22,6 +22,7 @@ pytest.importorskip("starlette")
 pytest.importorskip("uvicorn")
 
 from kimi_cpu.cli.main import main
+from kimi_cpu.store.experts.simulation import read_trace
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -116,6 +117,36 @@ def test_what_was_computed_is_there_after_a_restart(start, tmp_path):
     assert replies[0] == replies[1]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+def test_memory_reading_and_what_is_written_down(start, tmp_path):
+    trace, prompts = tmp_path / "trace", tmp_path / "prompts"
+    server = start(
+        "--memory", "2G", "--io", "direct", "--trace", str(trace), "--log-prompts", str(prompts)
+    )  # fmt: skip
+    body = {"messages": [{"role": "user", "content": "What is 17 + 25?"}]}
+    answer = post(f"{server.url()}/v1/chat/completions", body)
+    assert answer["choices"][0]["message"]["content"] == "17 + 25 = 42."
+    code, err = server.end()
+    assert code == 0 and "17 + 25" not in err and "Traceback" not in err
+    routed, _ = read_trace(trace)
+    assert len(routed) >= answer["usage"]["prompt_tokens"]
+    assert "17" not in trace.read_text().partition("\n")[0]
+    asked, replied = map(json.loads, prompts.read_text().splitlines())
+    assert asked["event"] == "prompt" and "<|im_user|>" in asked["text"]
+    assert "What is 17 + 25?" in asked["text"] and asked["tokens"] == 33
+    assert replied["event"] == "reply" and replied["text"].endswith("</think>17 + 25 = 42.")
+    assert replied["job"] == asked["job"] and replied["finish_reason"] == "stop"
+    assert prompts.stat().st_mode & 0o777 == 0o600
+
+
+def test_more_latents_than_memory(start):
+    server = start("--memory", "1G", "--cache-memory", "1G")
+    server.process.wait(60)
+    code, err = server.end()
+    assert code == 2 and err.count("error: ") == 1 and "Traceback" not in err
+    assert "--memory is 1.0G, at least " in err and "1.0G for what is kept (--cache-memory)" in err
+
+
 def test_cache_bytes_alone(capsys):
     assert main(["serve", "--cache-bytes", "1G"]) == 2
     assert "--cache-dir" in capsys.readouterr().err
@@ -168,6 +199,9 @@ def test_a_busy_port(capsys):
         (["--model", "/no/such/folder"], 2, "names no folder"),
         (["--port", "70000"], 2, "70000"),
         (["--queue", "0"], 2, "0"),
+        (["--log-prompts", "/no/such/folder/file"], 2, "cannot be written"),
+        (["--memory", "much"], 2, "no amount of memory"),
+        (["--io", "fast"], 2, "fast"),
     ],
 )
 def test_what_is_wrong_is_told_in_one_line(capsys, args, code, text):

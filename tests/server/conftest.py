@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,16 +43,18 @@ def scripted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
 
 @pytest.fixture
 def serve(tmp_path) -> Iterator[Callable[..., Live]]:
-    """serve(script, settings=..., **engine) starts a server of this test's own."""
+    """serve(script, settings=..., session_bytes=..., **engine) starts one for this test alone."""
     started: list[Live] = []
 
     def start(
         script: Callable[[str], str] | None = None,
         settings: dict[str, Any] | None = None,
+        session_bytes: int = 1 << 30,
         **kw: Any,
     ) -> Live:
         extra = {} if script is None else {"script": script}
         model = scripted_model(tmp_path / str(len(started)), **extra, **kw)
+        model = replace(model, session_bytes=session_bytes)
         live = Live(lambda phase: model, **(settings or {}))
         started.append(live)
         return live.ready()

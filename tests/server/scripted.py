@@ -18,7 +18,7 @@ import numpy as np
 from kimi_cpu.chat.template import TEMPLATE_FILE, ChatTemplate
 from kimi_cpu.cli.common import embedded_model
 from kimi_cpu.engine import SessionSnapshot
-from kimi_cpu.errors import ContextError
+from kimi_cpu.errors import ContextError, LowMemoryError
 from kimi_cpu.kv_cache import BlockPool, LatentCache
 from kimi_cpu.sampling import SamplingParams
 from kimi_cpu.server.settings import ServedModel
@@ -34,7 +34,8 @@ class ScriptedEngine:
     """Makes sessions, and counts what they compute.
 
     computed: tokens, of prompts and replies. layers: of prompts, run so far.
-    broken: raised by the next step. gate: cleared, it holds prompts after a layer.
+    broken: raised by the next step. memory: most bytes of latents.
+    gate: cleared, it holds prompts after a layer.
     """
 
     precision = "exact"
@@ -67,6 +68,7 @@ class ScriptedEngine:
         self.sessions = 0
         self.closed = False
         self.broken: BaseException | None = None
+        self.memory = 1 << 40
         self.gate = threading.Event()
         self.gate.set()
 
@@ -166,6 +168,8 @@ class ScriptedSession:
         engine = self._engine
         if len(self.ids) + len(ids) > engine.config.max_position_embeddings:
             raise ContextError("the context is full")
+        if engine.pool.used_bytes > engine.memory:
+            raise LowMemoryError("--memory is too little", "Use more.")
         for layer in range(LAYERS if progress is not None else 0):
             if engine.layer_s:
                 time.sleep(engine.layer_s)

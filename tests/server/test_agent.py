@@ -164,7 +164,7 @@ def run(live, steps: int) -> None:
     assert late < early * longer * 1.5, "a step may take as much longer as the conversation is"
     assert memory[-1] - memory[third] < 40, "memory is flat"
     assert live.worker._scheduler.active == 0
-    assert live.worker._scheduler.cache_bytes <= live.settings.session_bytes
+    assert live.worker._scheduler.cache_bytes <= live.worker.model.session_bytes
 
 
 def test_an_agent_of_20_steps(serve):

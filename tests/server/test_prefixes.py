@@ -108,7 +108,7 @@ def test_side_requests_leave_the_conversation(serve):
     """Memory for little more than the conversation; titles, each another short prompt."""
     live = serve()
     block = live.worker.model.engine.pool.block_bytes
-    live = serve(settings={"session_bytes": 12 * block})
+    live = serve(session_bytes=12 * block)
     messages = [{"role": "user", "content": TEXT}]
     known = 0
     for turn in range(4):
@@ -120,6 +120,25 @@ def test_side_requests_leave_the_conversation(serve):
             ask(live, [{"role": "user", "content": f"{turn}.{title} is a title for " + "x" * 400}])
         assert value(live, "cache_bytes") <= 12 * block
     assert known > 8 * BLOCK_TOKENS
+
+
+def test_what_is_kept_goes_when_memory_is_short(serve):
+    """First what is kept for later; a request that does not fit even then is told so."""
+    live = serve()
+    engine = live.worker.model.engine
+    block = engine.pool.block_bytes
+    for n in range(4):
+        live.chat(f"{n}" + TEXT)
+    assert value(live, "cache_bytes") > 60 * block
+    engine.memory = 30 * block
+    assert live.chat("another " + TEXT)["choices"][0]["finish_reason"] == "stop"
+    assert 0 < value(live, "cache_bytes") <= 30 * block
+    answer = live.post(
+        "/v1/chat/completions", {"messages": [{"role": "user", "content": TEXT * 8}]}
+    )
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "out_of_memory"
+    assert "Retry-After" in answer.headers and "--memory" not in answer.text
+    assert live.chat("another " + TEXT)["choices"][0]["finish_reason"] == "stop"
 
 
 def test_prompts_that_come_together_are_computed_once(serve):

@@ -300,6 +300,6 @@ def test_nothing_is_left_behind(serve):
     assert threads <= before[0] + 2 and files <= before[1] + 2
     live.client.close()
     until(lambda: not live.running.server_state.tasks)
-    assert scheduler_of(live).cache_bytes <= live.settings.session_bytes
+    assert scheduler_of(live).cache_bytes <= live.worker.model.session_bytes
     gc.collect()
     assert not all_jobs(live)

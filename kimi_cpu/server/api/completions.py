@@ -50,7 +50,7 @@ async def completions(request: Request) -> Response:
     params, top = _checked(model, body, prompts)
     if body.stream:
         answer = TextAnswer(service, body, params, top, prompts[0])
-        service.worker.submit(answer.job)
+        service.submit(answer.job)
         return EventStream(
             answer.job, answer.outbox, TextFrames(answer), service.settings.heartbeat_s
         )
@@ -72,7 +72,7 @@ async def _all(
         async with places:
             answer = TextAnswer(service, body, params, top, prompt, index)
             answers.append(answer)
-            service.worker.submit(answer.job)
+            service.submit(answer.job)
             items, finished = await answer.outbox.finished()
             return answer.choice(items), finished
 

@@ -65,7 +65,7 @@ class Exchange:
         prompt, reply = await service.in_thread(_prepare, service, body)
         outbox = Outbox()
         job = Job(reply, outbox, label=label)
-        service.worker.submit(job)
+        service.submit(job)
         return cls(service, prompt, job, outbox)
 
     async def whole(self, request: Request) -> tuple[list[Item], Finished]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kimi_cpu import hardware
-from kimi_cpu.errors import UsageError
+from kimi_cpu.errors import LowMemoryError, UsageError
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts.backends import slot_bytes_of
 
@@ -53,6 +53,7 @@ class Budget:
         n_experts: all routed experts of the model.
         top_k: those that a token needs in one layer.
         given: whether the user said how much.
+        latent_bytes: set aside for latents that are kept, whether they are there yet or not.
     """
 
     total_bytes: int
@@ -62,6 +63,7 @@ class Budget:
     n_experts: int
     top_k: int
     given: bool
+    latent_bytes: int = 0
 
     @property
     def expert_bytes(self) -> int:
@@ -70,8 +72,8 @@ class Budget:
 
     @property
     def floor_bytes(self) -> int:
-        """The least that works: one layer's experts of one token."""
-        return self.trunk_bytes + self.reserve_bytes + self.top_k * self.slot_bytes
+        """The least that works: one layer's experts of one token, and the latents set aside."""
+        return self._least_bytes(0)
 
     @property
     def holds_everything(self) -> bool:
@@ -79,13 +81,22 @@ class Budget:
         return self.slots(0) >= self.n_experts
 
     def slots(self, latent_bytes: int) -> int:
-        """Experts that may be resident beside so many bytes of latents; at most all."""
+        """Experts that may be resident beside so many bytes of latents; at most all.
+
+        What is set aside is not given to them while there are fewer.
+        """
         if not self.n_experts:
             return 0
-        return min((self.expert_bytes - latent_bytes) // self.slot_bytes, self.n_experts)
+        beside = max(latent_bytes, self.latent_bytes)
+        return min((self.expert_bytes - beside) // self.slot_bytes, self.n_experts)
+
+    def _least_bytes(self, latent_bytes: int) -> int:
+        experts = self.top_k * self.slot_bytes
+        beside = max(latent_bytes, self.latent_bytes)
+        return self.trunk_bytes + self.reserve_bytes + experts + beside
 
     def check(self, latent_bytes: int = 0) -> None:
-        """Raises UsageError if a token's experts do not fit, with the numbers."""
+        """Raises LowMemoryError if a token's experts do not fit, with the numbers."""
         if not self.n_experts or self.slots(latent_bytes) >= self.top_k:
             return
         source = "--memory is" if self.given else "the memory that may be used now is"
@@ -94,14 +105,20 @@ class Budget:
             f"{self.top_k} experts of {format_size(self.slot_bytes)}",
             f"{format_size(self.reserve_bytes)} for the program",
         ]
-        if latent_bytes:
+        if latent_bytes > self.latent_bytes:
             parts.append(f"{format_size(latent_bytes)} for the conversation so far")
-        need = self.floor_bytes + latent_bytes
-        raise UsageError(
+        elif self.latent_bytes:
+            parts.append(f"{format_size(self.latent_bytes)} for what is kept (--cache-memory)")
+        need = self._least_bytes(latent_bytes)
+        hint = f"Use --memory {format_size(need * 1.05)} or more"
+        if self.latent_bytes:
+            hint += ", or a smaller --cache-memory"
+        if not self.given:
+            hint += "; close other programs, or use a smaller model"
+        raise LowMemoryError(
             f"{source} {format_size(self.total_bytes)}, "
             f"at least {format_size(need)} is needed: {', '.join(parts)}",
-            f"Use --memory {format_size(need * 1.05)} or more"
-            + ("." if self.given else "; close other programs, or use a smaller model."),
+            f"{hint}.",
         )
 
 
@@ -110,8 +127,14 @@ def default_memory() -> int:
     return int(hardware.available_ram_bytes() * (1 - _LEFT_TO_OTHERS))
 
 
-def make_budget(checkpoint: Checkpoint, memory: int | None = None) -> Budget:
-    """Divide `memory` bytes, by default what is available now less a tenth."""
+def make_budget(
+    checkpoint: Checkpoint, memory: int | None = None, latents: int | None = 0
+) -> Budget:
+    """Divide `memory` bytes, by default what is available now less a tenth.
+
+    latents: bytes set aside for latents that are kept; None takes a tenth of the memory, or half of
+        what the least that works leaves, if that is less.
+    """
     config = checkpoint.config
     layers = config.moe_layers
     trunk_bytes = checkpoint.trunk_bytes
@@ -129,7 +152,7 @@ def make_budget(checkpoint: Checkpoint, memory: int | None = None) -> Budget:
         ),
         default=1,
     )
-    return Budget(
+    budget = Budget(
         total_bytes=memory,
         trunk_bytes=trunk_bytes,
         reserve_bytes=RESERVE_BYTES,
@@ -138,3 +161,6 @@ def make_budget(checkpoint: Checkpoint, memory: int | None = None) -> Budget:
         top_k=config.num_experts_per_tok,
         given=given,
     )
+    if latents is None:
+        latents = min(memory // 10, max(memory - budget.floor_bytes, 0) // 2)
+    return replace(budget, latent_bytes=latents)

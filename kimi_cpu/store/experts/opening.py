@@ -25,6 +25,7 @@ def open_experts(
     checkpoint: Checkpoint,
     *,
     memory: int | None = None,
+    latents: int | None = 0,
     io: Io | Literal["auto"] = "auto",
     trace: Path | None = None,
     lookahead: bool = True,
@@ -33,6 +34,7 @@ def open_experts(
 
     Args:
         memory: bytes that the process may use; by default what is available now, less a tenth.
+        latents: bytes of it that are set aside for latents that are kept; None: see `make_budget`.
         io: "mmap", "direct", or "auto": mapped if everything fits into memory (then it is there
             at the next start, too), else what is faster on this disk, which takes up to 2 s to
             find out the first time.
@@ -45,7 +47,7 @@ def open_experts(
     """
     if io not in ("mmap", "direct", "auto"):
         raise UsageError(f"unknown io {io!r}", 'use "mmap", "direct" or "auto"')
-    budget = make_budget(checkpoint, memory)
+    budget = make_budget(checkpoint, memory, latents)
     budget.check()
     config = checkpoint.config
     layers = config.moe_layers

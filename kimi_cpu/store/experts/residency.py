@@ -199,6 +199,11 @@ class ExpertStore:
         return self._budget.total_bytes
 
     @property
+    def latent_bytes(self) -> int:
+        """What of it is set aside for latents that are kept."""
+        return self._budget.latent_bytes
+
+    @property
     def records(self) -> bool:
         """Whether what the routers choose is written down."""
         return self._recorder is not None
@@ -223,6 +228,7 @@ class ExpertStore:
         if not self.bounded:
             return 1 << 62
         kept = self.top_k * self._budget.slot_bytes
+        latent_bytes = max(latent_bytes, self._budget.latent_bytes)
         return max(self._budget.expert_bytes - latent_bytes - kept, 0)
 
     def stats(self) -> ExpertStats:
@@ -237,7 +243,7 @@ class ExpertStore:
     def passing(self, n_tokens: int, latent_bytes: int) -> Iterator[None]:
         """A forward pass of n tokens, beside so many bytes of latents.
 
-        Raises UsageError if the latents leave too little memory for a layer's experts, and
+        Raises LowMemoryError if the latents leave too little memory for a layer's experts, and
         CheckpointError if a file was cut off.
         """
         self._checkpoint.check_files()
