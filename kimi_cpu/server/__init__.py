@@ -6,7 +6,8 @@
     api/          one file an endpoint: what comes in, what goes out
     page/         the chat page: plain files, served by api/page.py
     ceiling.py    what the machine's memory allows a reply
-    prompts.py    conversation -> token ids; replay.py finds the model's own tokens again
+    prompts.py    conversation -> token ids; replay.py finds the model's own tokens again,
+                  replyfiles.py those of before a restart
     stored.py     responses that later requests go on from
     promptlog.py  the text of prompts and replies, for operators who ask for it
     worker.py     the inference thread: loads the model, runs the scheduler

@@ -17,7 +17,7 @@ from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 from kimi_cpu.chat.messages import Conversation
 from kimi_cpu.chat.template import Segment, encode_segments
@@ -54,11 +54,20 @@ class Recalled:
     key: bytes
 
 
+class Files(Protocol):
+    """Keeps replies longer than memory does."""
+
+    def save(self, key: bytes, message: Mapping[str, Any], turn: array[int]) -> None: ...
+    def load(self, key: bytes) -> tuple[dict[str, Any], array[int]] | None: ...
+
+
 class Replies:
     """The replies of the last conversations. Any thread may call any method."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, files: Files | None = None) -> None:
+        """files: where replies are that memory does not have."""
         self._tokenizer = tokenizer
+        self._files = files
         self._replies: OrderedDict[bytes, _Remembered] = OrderedDict()
         self._n_tokens = 0
         self._lock = threading.Lock()
@@ -74,11 +83,17 @@ class Replies:
         if begin is None:
             return
         key = _key(key, message)
+        reply = _Remembered(message, array("I", timeline[begin:]))
+        self._keep(key, reply)
+        if self._files is not None:
+            self._files.save(key, message, reply.turn)
+
+    def _keep(self, key: bytes, reply: _Remembered) -> None:
         with self._lock:
             if (old := self._replies.pop(key, None)) is not None:
                 self._n_tokens -= len(old.turn)
-            self._replies[key] = _Remembered(message, array("I", timeline[begin:]))
-            self._n_tokens += len(timeline) - begin
+            self._replies[key] = reply
+            self._n_tokens += len(reply.turn)
             while len(self._replies) > MAX_REPLIES or self._n_tokens > MAX_TOKENS:
                 _, old = self._replies.popitem(last=False)
                 self._n_tokens -= len(old.turn)
@@ -128,9 +143,14 @@ class Replies:
     def _find(self, key: bytes, message: Mapping[str, Any]) -> _Remembered | None:
         with self._lock:
             found = self._replies.get(key)
-            if found is None:
+            if found is not None:
+                self._replies.move_to_end(key)
+        if found is None:
+            kept = None if self._files is None else self._files.load(key)
+            if kept is None:
                 return None
-            self._replies.move_to_end(key)
+            found = _Remembered(*kept)
+            self._keep(key, found)
         given = (message.get("reasoning_content") or "").strip()
         if given and given != (found.message.get("reasoning_content") or "").strip():
             return None  # not what the model thought

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -10,11 +11,13 @@ import anyio
 import anyio.to_thread
 from starlette.requests import Request
 
+from kimi_cpu.prefixes.identity import model_key
 from kimi_cpu.server.errors import ApiError
 from kimi_cpu.server.jobs import Job
 from kimi_cpu.server.metrics import Metrics
 from kimi_cpu.server.promptlog import PromptLog
 from kimi_cpu.server.replay import Replies
+from kimi_cpu.server.replyfiles import ReplyFiles
 from kimi_cpu.server.settings import ServedModel, Settings
 from kimi_cpu.server.stored import StoredResponses
 from kimi_cpu.server.worker import Worker
@@ -35,6 +38,8 @@ class Service:
         self.metrics = metrics
         self.stored = StoredResponses()
         self._replies: Replies | None = None
+        self._reply_files: ReplyFiles | None = None
+        self._making_replies = threading.Lock()
         path = settings.log_prompts
         self._prompt_log = None if path is None else PromptLog(path)
         self._limiter = anyio.CapacityLimiter(RENDERING_THREADS)
@@ -47,9 +52,14 @@ class Service:
     @property
     def replies(self) -> Replies:
         """The replies that clients may send back."""
-        if self._replies is None:
-            self._replies = Replies(self.model.tokenizer)
-        return self._replies
+        with self._making_replies:
+            if self._replies is None:
+                model, folder = self.model, self.settings.cache_dir
+                if folder is not None:
+                    n_vocab = model.tokenizer.n_vocab
+                    self._reply_files = ReplyFiles(folder, model_key(model.engine), n_vocab)
+                self._replies = Replies(model.tokenizer, self._reply_files)
+            return self._replies
 
     def submit(self, job: Job) -> None:
         """Queue a job. ApiError when the model is not there, the queue is full, or at the end."""
@@ -64,6 +74,8 @@ class Service:
 
     def close(self) -> None:
         """No job is under way any more."""
+        if self._reply_files is not None:
+            self._reply_files.close()
         if self._prompt_log is not None:
             self._prompt_log.close()
 

@@ -25,7 +25,8 @@ class Settings:
     prefill_slice: tokens of a prompt computed between two decode steps. Slices end at multiples of
         it, so that what a prompt gives does not depend on who else is being served.
     cache_dir: folder where latents are kept that memory has no room for, and all at the end; none
-        by default. cache_bytes: what may lie there.
+        by default. cache_bytes: what may lie there. The replies that clients may send back are kept
+        there, too.
     log_prompts: file to which the text of all prompts and replies is written; none by default.
     heartbeat_s: silence after which a stream gets a comment, so that nobody thinks it is dead.
     shutdown_s: how long replies may go on when the server is told to stop.

@@ -147,6 +147,41 @@ def test_more_latents_than_memory(start):
     assert "--memory is 1.0G, at least " in err and "1.0G for what is kept (--cache-memory)" in err
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+@pytest.mark.parametrize("end_by", [signal.SIGINT, signal.SIGKILL])
+def test_what_was_sampled_is_there_after_a_restart(start, tmp_path, end_by):
+    """At a high temperature tokens come that encoding their text would not give."""
+    conversations, differed = [], 0
+    server = start("--cache-dir", str(tmp_path / "made"))
+    url = server.url()
+    for seed in range(6):
+        messages = [{"role": "user", "content": "Tell me about words."}]
+        body = {"messages": messages, "max_tokens": 60, "reasoning_effort": "none"}
+        answer = post(f"{url}/v1/chat/completions", body | {"seed": seed, "temperature": 3.0})
+        message, usage = answer["choices"][0]["message"], answer["usage"]
+        tokens = post(f"{url}/tokenize", {"prompt": message["content"] or ""})["tokens"]
+        differed += len(tokens) != usage["completion_tokens"]
+        again = [*messages, message, {"role": "user", "content": "More."}]
+        conversations.append({**body, "messages": again, "max_tokens": 1})
+    assert differed, "the test shows nothing"
+    asked = [post(f"{url}/v1/chat/completions", body)["usage"] for body in conversations]
+    found = list((tmp_path / "made").rglob("*.reply"))
+    deadline = time.monotonic() + 20
+    while len(found) < 12 and time.monotonic() < deadline:
+        time.sleep(0.05)
+        found = list((tmp_path / "made").rglob("*.reply"))
+    assert len(found) == 12 and all(path.stat().st_mode & 0o777 == 0o600 for path in found)
+    assert "Traceback" not in server.end(end_by)[1]
+
+    url = start("--cache-dir", str(tmp_path / "made")).url()
+    for body, before in zip(conversations, asked, strict=True):
+        usage = post(f"{url}/v1/chat/completions", body)["usage"]
+        assert usage["prompt_tokens"] == before["prompt_tokens"]
+        if end_by == signal.SIGINT:  # then the latents are there, too
+            cached = usage["prompt_tokens_details"]["cached_tokens"]
+            assert cached >= before["prompt_tokens_details"]["cached_tokens"] > 20
+
+
 def test_cache_bytes_alone(capsys):
     assert main(["serve", "--cache-bytes", "1G"]) == 2
     assert "--cache-dir" in capsys.readouterr().err
