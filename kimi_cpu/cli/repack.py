@@ -246,5 +246,5 @@ def _count(n: int, what: str) -> str:
 
 
 def _table(rows: list[tuple[str, str]]) -> str:
-    width = max(17, *(len(name) for name, _ in rows))
+    width = max(20, *(len(name) for name, _ in rows))
     return "\n".join(f"{name:<{width}} {value}" for name, value in rows)

@@ -37,7 +37,7 @@ def repack(capsys: pytest.CaptureFixture[str]) -> Any:
 def test_dry_run_shows_sizes_and_writes_nothing(source: Path, tmp_path: Path, repack: Any) -> None:
     code, out, err = repack(source, tmp_path / "p", "--dry-run")
     assert code == 0 and err == "" and not list(tmp_path.iterdir())
-    for text in (str(source), str(tmp_path / "p"), "experts", "int8", "written already   0 B"):
+    for text in (str(source), str(tmp_path / "p"), "experts", "int8", "written already      0 B"):
         assert text in out
     assert "needed" in out and "free: enough" in out
 
@@ -62,7 +62,7 @@ def test_repack_then_verify(source: Path, tmp_path: Path, repack: Any) -> None:
 
 def test_options_reach_the_result(source: Path, tmp_path: Path, repack: Any) -> None:
     code, out, _ = repack(source, tmp_path / "p", "--trunk", "bf16", "--align", "64k", "-t", "1")
-    assert code == 0 and "the rest          as published" in out
+    assert code == 0 and "the rest             as published" in out
     manifest = json.loads((tmp_path / "p" / MANIFEST_NAME).read_text("utf-8"))
     assert manifest["trunk"]["form"] == "bf16" and manifest["experts"]["align"] == 65536
     assert "predictions" not in out  # nothing was rounded
@@ -132,7 +132,7 @@ def test_interrupted_and_continued(
         code, out, err = repack(source, tmp_path / "p")
     assert code == 130 and out == "" and "the same command goes on" in err
     code, out, _ = repack(source, tmp_path / "p", "--dry-run")
-    assert "written already   0 B" not in out
+    assert "written already      0 B" not in out
     code, _, err = repack(source, tmp_path / "p")
     assert code == 0 and "Going on:" in err
     Checkpoint.open(tmp_path / "p").close()
