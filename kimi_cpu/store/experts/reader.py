@@ -29,7 +29,8 @@ class Load:
         number, slot: which one, and where it goes.
         n_bytes: what is read for it.
         ahead: nobody has asked for it yet.
-        done: all pieces are read (or given up) and `result` or `error` is there.
+        done: no more pieces are or will be read, and `result` or `error` is there.
+        given_up: before all of it was read; there is no result.
         result: what `finish` made of the bytes.
         error: why not.
     """
@@ -44,6 +45,7 @@ class Load:
         self.n_bytes = sum(piece.length for piece in pieces)
         self.ahead = ahead
         self.done = False
+        self.given_up = False
         self.result: Any = None
         self.error: Exception | None = None
         self.backend = backend
@@ -60,15 +62,15 @@ class Load:
         except OSError as exc:
             self.error = gone(piece.path, exc.strerror or str(exc))
 
-    def count_down(self) -> bool:
-        """A piece is over; whether it was the last. The queue's lock is held."""
-        self._left -= 1
+    def count_down(self, pieces: int = 1) -> bool:
+        """Some pieces are over; whether they were the last. The queue's lock is held."""
+        self._left -= pieces
         return self._left == 0
 
     def complete(self) -> None:
         """Make the result; without the queue's lock."""
         finish, self._finish = self._finish, None
-        if self.error is None and finish is not None:
+        if self.error is None and not self.given_up and finish is not None:
             try:
                 self.result = finish()
             except Exception as exc:  # of whatever kind: it belongs to the one who waits
@@ -118,6 +120,15 @@ class _Queue:
                 self.read_bytes += piece.length
             return load.count_down()
 
+    def withdraw(self, load: Load) -> list[tuple[Load, Piece]]:
+        """Take a load's pieces out of `ahead`; the lock is held."""
+        mine = [item for item in self.ahead if item[0] is load]
+        if mine:
+            others = [item for item in self.ahead if item[0] is not load]
+            self.ahead.clear()
+            self.ahead.extend(others)
+        return mine
+
     def rest(self) -> None:
         """A thread has nothing more to do with the piece that it took."""
         with self.changed:
@@ -160,13 +171,23 @@ class Reader:
         queue = self._queue
         with queue.changed:
             load.ahead = False
-            mine = [item for item in queue.ahead if item[0] is load]
+            mine = queue.withdraw(load)
             if mine:
-                others = [item for item in queue.ahead if item[0] is not load]
-                queue.ahead.clear()
-                queue.ahead.extend(others)
                 queue.demand.extend(mine)
                 queue.changed.notify_all()
+
+    def give_up(self, load: Load) -> None:
+        """A load that was started ahead is not needed: read no more of it.
+
+        If its last piece is being read already, it goes on to its end.
+        """
+        queue = self._queue
+        with queue.changed:
+            mine = queue.withdraw(load)
+            if mine:
+                load.given_up = True
+                if load.count_down(len(mine)):  # else a thread is at one, and says when it is over
+                    load.done = True
 
     def wait(self, loads: Collection[Load]) -> None:
         """Return when at least one of them is done; ValueError if the reader was closed.

@@ -177,7 +177,7 @@ class ExpertStore:
         self._lock = threading.RLock()
         self._pass_lock = threading.RLock()
 
-        self._guessed: dict[int, set[int]] = {}  # layer's index -> numbers loaded ahead for it
+        self._guessed: set[int] = set()  # numbers loaded ahead whose router has not spoken yet
         self._useful: deque[bool] = deque(maxlen=_JUDGED)
         self._retry_at = 0
         self._tokens = self._ahead = self._ahead_used = self._ahead_hits = 0
@@ -297,7 +297,7 @@ class ExpertStore:
     def request(self, layer: LayerExperts, ids: Collection[int]) -> None:
         wanted = {layer.first + int(e) for e in ids}
         if self._lookahead:
-            self._judge(layer, wanted)
+            self._judge(wanted)
         if len(wanted) > self.top_k:
             self._read_on(layer, sorted(ids), ())
             return
@@ -342,6 +342,7 @@ class ExpertStore:
     def anticipate(self, layer: LayerExperts, ids: Sequence[int]) -> None:
         if not self.looks_ahead[0]:
             return
+        self._judge(())  # nobody asked: all that the last layer chose was there
         with self._changing():
             self._publish()
             room = min(_LOOKAHEAD, self._capacity - 2 * self.top_k)
@@ -360,7 +361,7 @@ class ExpertStore:
                 new.append(self._start(number, slot, ahead=True))
             self._reader.submit(new)
             self._ahead += len(new)
-            self._guessed[layer.first // self.n_experts] = {load.number for load in new}
+            self._guessed = {load.number for load in new}
 
     # Inside.
 
@@ -400,7 +401,7 @@ class ExpertStore:
         for number, load in list(self._loads.items()):
             if not load.done:
                 continue
-            if load.error is None:
+            if load.error is None and not load.given_up:
                 self._slot_of[number] = load.slot
                 self.policy.admit(number)
                 self._put(number, load.result)
@@ -408,6 +409,7 @@ class ExpertStore:
                     self._ahead_hits += 1
                     self.counters[HITS] += 1
             else:
+                self._backend.evict(load.slot, self._extents(number))
                 self._free.append(load.slot)
                 if not load.ahead:
                     error = error or load.error
@@ -502,13 +504,22 @@ class ExpertStore:
                 self._reader.hurry(load)
         self._reader.submit(new)
 
-    def _judge(self, layer: LayerExperts, wanted: set[int]) -> None:
-        """Learn whether what was loaded ahead for this layer is of use, and draw conclusions."""
-        guessed = self._guessed.pop(layer.first // self.n_experts, None)
+    def _judge(self, wanted: Collection[int]) -> None:
+        """A router has spoken: give up what was loaded ahead in vain, and draw conclusions.
+
+        What is not read yet of a wrong guess would keep the disk busy while it could read the next
+        layer's, and make a run read a fifth more than it needs.
+        """
+        guessed, self._guessed = self._guessed, set()
         if not guessed:
             return
+        with self._changing():
+            for number in guessed.difference(wanted):
+                load = self._loads.get(number)
+                if load is not None and load.ahead:
+                    self._reader.give_up(load)
         self._useful.extend(number in wanted for number in guessed)
-        self._ahead_used += len(guessed & wanted)
+        self._ahead_used += len(guessed.intersection(wanted))
         if len(self._useful) == _JUDGED and sum(self._useful) < _LEAST_USEFUL * _JUDGED:
             self.looks_ahead[0] = 0
             self._retry_at = self._tokens + _RETRY_TOKENS

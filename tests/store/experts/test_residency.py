@@ -20,6 +20,7 @@ from kimi_cpu.store.experts.backends import DirectBackend, MappedBackend, Piece,
 from kimi_cpu.store.experts.policy import Frequency
 from kimi_cpu.store.experts.residency import ExpertStore
 from kimi_cpu.store.experts.simulation import Recorder, read_trace, simulate, zipf_trace
+from kimi_cpu.store.extents import Extent
 from tests.store.experts.shelf import Shelf, budget_of, open_store
 from tests.tiny import tiny_checkpoint
 
@@ -216,7 +217,7 @@ def failing_store(checkpoint: Checkpoint, slots: int) -> tuple[ExpertStore, Fail
 
 
 def test_what_is_asked_for_on_its_way_becomes_a_demand(checkpoint: Checkpoint) -> None:
-    """It goes before other guesses, and does not count as having been there."""
+    """It does not count as having been there; guesses that nobody asked for are given up."""
     store, backend = failing_store(checkpoint, 12)
     found = shelves(checkpoint, store)
     backend.gate = threading.Event()
@@ -225,7 +226,7 @@ def test_what_is_asked_for_on_its_way_becomes_a_demand(checkpoint: Checkpoint) -
     experts.count(np.array([[4, 5, 8, 9]], dtype=np.int32))
     experts.request([4, 5, 8, 9])
     assert {n: load.ahead for n, load in store._loads.items()} == {
-        3: True, 6: True, 4: False, 5: False, 8: False, 9: False,
+        3: True, 4: False, 5: False, 8: False, 9: False,
     }  # fmt: skip
     backend.gate.set()
     left = [4, 5, 8, 9]
@@ -234,6 +235,96 @@ def test_what_is_asked_for_on_its_way_becomes_a_demand(checkpoint: Checkpoint) -
     found[1].check([4, 5, 8, 9])
     stats = store.stats()
     assert (stats.ahead, stats.ahead_used, stats.ahead_hits, stats.hits) == (4, 2, 0, 0)
+    store.close()
+
+
+def begun_guess(store: ExpertStore, backend: Failing, layer: int, ids: list[int]) -> None:
+    """Guesses whose first piece is being read and will be until the gate opens."""
+    backend.gate = threading.Event()
+    store.layer(layer).anticipate(ids)
+    deadline = time.monotonic() + 10
+    while not store._reader._queue.ahead_running:
+        assert time.monotonic() < deadline
+
+
+def test_of_wrong_guesses_no_more_is_read(checkpoint: Checkpoint) -> None:
+    store, backend = failing_store(checkpoint, 12)
+    found = shelves(checkpoint, store)
+    begun_guess(store, backend, 1, [3, 4, 5, 6])
+    wrong = store._loads[3]
+    store.layer(1).request([8, 9])
+    assert set(store._loads) == {3, 8, 9}  # of the first one a piece is on its way
+    assert backend.gate is not None
+    backend.gate.set()
+    take(store, 1, [8, 9])
+    store._reader.drain()
+    needed = sum(p.length for e in (8, 9) for p in backend.pieces(0, store._extents(e)))
+    assert store.stats().read_bytes == needed + wrong.pieces[0].length
+    store.layer(1).request([8])
+    assert not store._loads and set(found[1].experts) == {8, 9}
+    assert len(store._free) == 10
+    store.close()
+
+
+def test_a_guess_that_was_given_up_can_be_asked_for(checkpoint: Checkpoint) -> None:
+    """Even while the piece that was begun is still being read."""
+    store, backend = failing_store(checkpoint, 12)
+    found = shelves(checkpoint, store)
+    begun_guess(store, backend, 1, [3, 4])
+    store.layer(1).request([])
+    assert store._loads[3].given_up
+    timer = threading.Timer(0.1, backend.gate.set)  # type: ignore[union-attr]
+    timer.start()
+    take(store, 1, [3, 4, 5])
+    found[1].check([3, 4, 5])
+    assert store.resident == 3 and len(store._free) == 9
+    store.close()
+
+
+def test_the_next_layer_gives_up_guesses_that_nobody_asked_about(checkpoint: Checkpoint) -> None:
+    """Where all that a router chooses is resident, nothing is requested."""
+    store, backend = failing_store(checkpoint, 16)
+    shelves(checkpoint, store)
+    begun_guess(store, backend, 1, [3, 4])
+    store.layer(2).anticipate([5])
+    assert set(store._loads) == {3, EXPERTS + 5} and store._loads[3].given_up
+    assert store.stats().ahead_used == 0
+    assert backend.gate is not None
+    backend.gate.set()
+    take(store, 2, [5])
+    assert store.stats().ahead_used == 1
+    store.close()
+
+
+def test_what_was_read_of_a_guess_is_let_go(
+    checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Mapped, it would stay in the page cache beyond the budget."""
+    gate, begun, evicted = threading.Event(), threading.Event(), list[object]()
+    read, evict = MappedBackend.read, MappedBackend.evict
+
+    def gated(backend: MappedBackend, piece: Piece) -> None:
+        begun.set()
+        gate.wait()
+        read(backend, piece)
+
+    def recorded(backend: MappedBackend, slot: int, extents: list[Extent]) -> None:
+        evicted.append(extents)
+        evict(backend, slot, extents)
+
+    monkeypatch.setattr(MappedBackend, "read", gated)
+    monkeypatch.setattr(MappedBackend, "evict", recorded)
+    store = open_store(checkpoint, 12, "mmap")
+    shelves(checkpoint, store)
+    store.layer(1).anticipate([3, 4])
+    begun.wait()
+    store.layer(1).request([5])
+    assert evicted == [store._extents(4)]
+    gate.set()
+    take(store, 1, [5])
+    store._reader.drain()
+    store.layer(1).request([5])
+    assert evicted == [store._extents(4), store._extents(3)]
     store.close()
 
 
