@@ -2,6 +2,11 @@
 
 Token ids only: text, messages and sampling live above. One engine serves any number of sessions;
 a session belongs to one thread at a time.
+
+Logits are the same in every bit for the same tokens, however they came to be computed: in one pass
+or many, after a rewind, beside other sessions, from latents that were kept. There is one exception:
+text without messages to which `step` has added tokens (see `attention_form`) is not what `sync`
+makes of it, which therefore computes these tokens again.
 """
 
 from __future__ import annotations
@@ -16,6 +21,7 @@ from typing import Literal, Self
 import numpy as np
 
 from kimi_cpu import hardware
+from kimi_cpu.attention_form import EXPANDED, Keys, ids_of
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import ContextError, UsageError
 from kimi_cpu.kernels.common import Precision
@@ -128,6 +134,10 @@ class Engine:
         """A new, empty timeline."""
         return Session(self._model)
 
+    def keys(self, ids: Iterable[int]) -> Keys:
+        """What tells apart the latents of a prompt's tokens, int32 [T]; see `attention_form`."""
+        return self._model.forms.keys(np.array(list(ids), dtype=np.int64))
+
     def step(self, sessions: Sequence[Session], tokens: Sequence[int]) -> F32:
         """Append one token to each of several sessions, all in one pass over the weights.
 
@@ -171,12 +181,15 @@ class Engine:
         if not len(tokens):
             raise ContextError("there are no tokens to score", "pass at least one token id")
         cache = self._model.new_cache()
+        expanded = self._model.forms.expanded(tokens)
         logits = np.empty((len(tokens), self.config.vocab_size), dtype=np.float32)
         for begin in range(0, len(tokens), SCORE_CHUNK):
-            chunk = tokens[begin : begin + SCORE_CHUNK]
-            logits[begin : begin + len(chunk)] = self._model.forward(chunk, cache, all_logits=True)
+            end = min(begin + SCORE_CHUNK, len(tokens))
+            logits[begin:end] = self._model.forward(
+                tokens[begin:end], cache, expanded[begin:end], all_logits=True
+            )
             if progress is not None:
-                progress(begin + len(chunk), len(tokens))
+                progress(end, len(tokens))
         return logits
 
     def close(self) -> None:
@@ -198,9 +211,9 @@ class Engine:
 
 @dataclass(frozen=True)
 class SessionSnapshot:
-    """A session's state at one moment: its tokens, latents and last logits."""
+    """A session's state at one moment: its tokens' keys, latents and last logits."""
 
-    tokens: tuple[int, ...]
+    keys: tuple[int, ...]
     cache: LatentCache
     logits: F32 | None
 
@@ -211,21 +224,21 @@ class Session:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._cache = model.new_cache()
-        self._tokens: list[int] = []
+        self._keys: list[int] = []
         self._logits: F32 | None = None  # of the last token; None after a rewind
 
     @property
     def tokens(self) -> tuple[int, ...]:
         """The timeline."""
-        return tuple(self._tokens)
+        return ids_of(self._keys)
 
     def __len__(self) -> int:
-        return len(self._tokens)
+        return len(self._keys)
 
     @property
     def remaining(self) -> int:
         """How many more tokens the context can take."""
-        return self._model.config.max_position_embeddings - len(self._tokens)
+        return self._model.config.max_position_embeddings - len(self._keys)
 
     @property
     def cache_bytes(self) -> int:
@@ -234,12 +247,7 @@ class Session:
 
     def common_prefix(self, ids: Iterable[int]) -> int:
         """How many tokens of `ids` a `sync` would find already computed."""
-        count = 0
-        for ours, theirs in zip(self._tokens, ids, strict=False):
-            if ours != theirs:
-                break
-            count += 1
-        return count
+        return self._known(self._model.forms.keys(np.array(list(ids), dtype=np.int64)))
 
     def sync(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
         """Make the timeline equal to `ids`, reusing the longest common prefix.
@@ -268,11 +276,12 @@ class Session:
                 f"{self._model.config.max_position_embeddings:,}",
                 "shorten the prompt or start a new conversation",
             )
-        keep = self.common_prefix(tokens.tolist())
-        if keep == len(tokens) and (keep < len(self._tokens) or self._logits is None):
+        keys = self._model.forms.keys(tokens)
+        keep = self._known(keys)
+        if keep == len(keys) and (keep < len(self._keys) or self._logits is None):
             keep -= 1  # its latents are known but its logits are not: compute the last one again
         self._truncate(keep)
-        todo = tokens[keep:]
+        todo = keys[keep:]
         at_once = self._model.tokens_at_once(len(todo), PREFILL_CHUNK)
         for begin in range(0, len(todo), at_once):
             chunk = todo[begin : begin + at_once]
@@ -288,17 +297,17 @@ class Session:
         return self._logits
 
     def step(self, token: int) -> F32:
-        """Append one token; float32 [vocab_size] logits after it (do not write to them).
+        """Append one generated token; float32 [vocab_size] logits after it (do not write to them).
 
         Raises:
             ContextError: the id lies outside the vocabulary, or the context is full.
         """
-        self._append(_checked(self._model.config, (token,)))
+        self._append(_checked(self._model.config, (token,)).astype(np.int32))
         assert self._logits is not None
         return self._logits
 
     def extend(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
-        """Append T >= 1 tokens in one pass, which needs memory for the logits of each.
+        """Append T >= 1 tokens of a prompt in one pass, which needs memory for the logits of each.
 
         Returns:
             float32 [T, vocab_size]; row t predicts the token after ids[t].
@@ -314,7 +323,9 @@ class Session:
             if progress is not None:
                 progress(len(tokens) * done // layers, len(tokens))
 
-        return self._append(tokens, after_layer, all_logits=True)
+        whole = np.concatenate([np.array(self.tokens, dtype=np.int64), tokens])
+        keys = self._model.forms.keys(whole)[len(self) :]
+        return self._append(keys, after_layer, all_logits=True)
 
     def rewind(self, n: int) -> None:
         """Take back the last `n` tokens.
@@ -322,54 +333,65 @@ class Session:
         Raises:
             ContextError: `n` is negative or more than there are.
         """
-        if not 0 <= n <= len(self._tokens):
+        if not 0 <= n <= len(self):
             raise ContextError(
-                f"cannot take back {n} of {len(self._tokens)} tokens",
+                f"cannot take back {n} of {len(self)} tokens",
                 "rewind by 0 up to the session's length",
             )
-        self._truncate(len(self._tokens) - n)
+        self._truncate(len(self) - n)
 
     def snapshot(self) -> SessionSnapshot:
         """Keep the state; `restore` brings it back on any session of the same engine.
 
         Its latents are not copied: timelines share what they have in common.
         """
-        return SessionSnapshot(tuple(self._tokens), self._cache.branch(len(self)), self._logits)
+        return SessionSnapshot(tuple(self._keys), self._cache.branch(len(self)), self._logits)
 
     def restore(self, snapshot: SessionSnapshot) -> None:
         """Become what `snapshot` was."""
-        self._tokens, self._logits = [], None  # whatever interrupts the following
+        self._keys, self._logits = [], None  # whatever interrupts the following
         self._cache.take_over(snapshot.cache)
-        self._tokens = list(snapshot.tokens)
+        self._keys = list(snapshot.keys)
         self._logits = snapshot.logits
 
+    def _known(self, keys: Keys) -> int:
+        """How many of the first keys are those of the timeline."""
+        count = 0
+        for ours, theirs in zip(self._keys, keys.tolist(), strict=False):
+            if ours != theirs:
+                break
+            count += 1
+        return count
+
     def _append(
-        self, ids: Ids, progress: LayerProgress | None = None, all_logits: bool = False
+        self, keys: Keys, progress: LayerProgress | None = None, all_logits: bool = False
     ) -> F32:
         # A Ctrl-C may come at any of these lines: the cache may then be ahead of the tokens (cut
         # here), and logits that are not of the last token must not survive.
-        self._cache.truncate(len(self._tokens))
+        self._cache.truncate(len(self._keys))
         self._logits = None
-        logits = self._model.forward(ids, self._cache, all_logits, progress)
-        self._tokens.extend(ids.tolist())
+        expanded = keys >= EXPANDED
+        ids = (keys & ~EXPANDED).astype(np.int64)
+        logits = self._model.forward(ids, self._cache, expanded, all_logits, progress)
+        self._keys.extend(keys.tolist())
         self._logits = logits[-1].copy() if all_logits else logits[-1]  # not all of them
         return logits
 
     def _truncate(self, length: int) -> None:
-        if length < len(self._tokens):
+        if length < len(self._keys):
             self._logits = None
-            del self._tokens[length:]
+            del self._keys[length:]
             self._cache.truncate(length)
 
 
 def _append_one(model: Model, sessions: Sequence[Session], ids: Ids) -> F32:
     """A token for each session; see `Session._append` for the order."""
     for session in sessions:
-        session._cache.truncate(len(session._tokens))
+        session._cache.truncate(len(session._keys))
     logits = model.step(ids, [session._cache for session in sessions])
     for session, token, row in zip(sessions, ids.tolist(), logits, strict=True):
         session._logits = None
-        session._tokens.append(token)
+        session._keys.append(token)  # absorbed
         session._logits = row
     return logits
 

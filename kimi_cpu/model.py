@@ -3,9 +3,10 @@
 Notable features:
 - Multi-head latent attention (MLA): a token's keys and values of all heads are kept as one latent
   of `kv_lora_rank` numbers plus one rotated key of `qk_rope_head_dim` numbers shared by the heads.
-- Two equal ways through attention: *absorbed* (the up-projections move to the query and the output;
-  reads only latents; best for few tokens) and *expanded* (keys and values of all heads are computed
-  once for many queries; best for long prompts).
+- Attention in two forms, equal but for rounding: *absorbed* (the up-projections move to the query
+  and the output; reads only latents; best for few tokens) and *expanded* (keys and values of all
+  heads are computed once for many queries; best for long prompts). Each token's form follows from
+  the tokens before it (`attention_form`), so its logits do not depend on how a prompt is cut.
 - Mixture of experts: a sigmoid router picks `num_experts_per_tok` of `n_routed_experts`; a
   correction bias takes part in the choice but not in the weight. One shared expert always runs.
 - The first `first_k_dense_replace` layers have a plain SwiGLU instead.
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from kimi_cpu.attention_form import Bools, FormRule
 from kimi_cpu.config import LATENT_NORM_EPS
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.kernels.common import FEW_TOKENS, I32, I64, ExpertTable, Precision
@@ -45,6 +47,8 @@ if TYPE_CHECKING:  # importing it imports numba
 #: Heads whose keys and values exist at a time, and tokens in a SwiGLU, in the pass of a prompt.
 HEADS_AT_ONCE = 16
 MLP_TOKENS = 1024
+#: Tokens whose absorbed queries, as wide as a latent in each head, exist at a time.
+ABSORBED_TOKENS = 128
 #: Choices a expert on average from which on a layer's experts count as all chosen (e^-4 are not).
 NEARLY_ALL = 4
 #: Activations of a pass that the expert store's reserve covers; more take the place of experts.
@@ -109,6 +113,8 @@ class Inputs:
     tables: I64  # [B], address of each timeline's table of blocks, see `kernels.common.Latents`
     starts: I64  # [B], position of each timeline's first token
     rows: int  # no timeline has more rows, these tokens included
+    absorbed: tuple[slice, ...]  # runs of tokens whose attention has this form, and the others
+    expanded: tuple[slice, ...]
 
     def take(self, other: Inputs) -> None:
         """Take over the other's values, in place."""
@@ -152,6 +158,7 @@ class Model:
         self._passes: dict[int, RecordedPass] = {}  # by the number of timelines
         self._replay_lock = threading.Lock()  # a pass has one set of inputs for all threads
         self._pool = BlockPool(checkpoint.config)
+        self.forms = FormRule.of(checkpoint.config, checkpoint.folder)
         self._inv_freq = self.config.inv_freq()  # float64 [P / 2]
         self.embed_tokens = checkpoint.tensor("model.embed_tokens.weight")  # [vocab, D]
         self.layers = [
@@ -171,10 +178,7 @@ class Model:
         return 4 * (5 * c.hidden_size + c.num_attention_heads * c.v_head_dim)
 
     def tokens_at_once(self, prompt: int, most: int) -> int:
-        """How many of a prompt's tokens a pass may take: `most`, or fewer if memory is short.
-
-        Then, and only then, the budget has an influence on the numbers: in their last digits.
-        """
+        """How many of a prompt's tokens a pass may take: `most`, or fewer if memory is short."""
         latents = prompt * self._pool.layers * self._pool.row_bytes
         spare = self.experts.spare_bytes(self.latent_bytes() + latents)
         return max(min(most, (PASS_RESERVE + spare) // self.token_bytes), 1)
@@ -187,6 +191,7 @@ class Model:
         self,
         ids: Ids,
         cache: LatentCache,
+        expanded: Bools,
         all_logits: bool = False,
         progress: LayerProgress | None = None,
     ) -> F32:
@@ -198,6 +203,7 @@ class Model:
         Args:
             ids: int64 [T], T >= 1, each within the vocabulary.
             cache: the latents of all earlier tokens.
+            expanded: bool [T], the form of each token's attention.
             all_logits: return logits of every token instead of the last one only.
             progress: told how far a pass of several tokens is.
 
@@ -210,37 +216,41 @@ class Model:
             CheckpointError: a weight is damaged (not finite) or cannot be read any more. In all
                 cases the cache is unchanged.
         """
-        return self._pass_over(ids, [cache], all_logits, progress)
+        return self._pass_over(ids, [cache], expanded, all_logits, progress)
 
     def step(self, ids: Ids, caches: Sequence[LatentCache]) -> F32:
         """Compute the next token of each of B timelines, all in one pass: a weight is read once.
+
+        Their attention is absorbed.
 
         Args:
             ids: int64 [B], each within the vocabulary.
             caches: the latents of all earlier tokens of each timeline, B different ones.
 
         Returns:
-            float32 [B, vocab_size], each row bit for bit what `forward` of its token would give.
+            float32 [B, vocab_size], each row bit for bit what `forward` of its token, absorbed,
+            would give.
 
         Raises:
             As `forward`; all caches are then unchanged.
         """
-        return self._pass_over(ids, caches, all_logits=True)
+        return self._pass_over(ids, caches, np.zeros(len(ids), np.bool_), all_logits=True)
 
     def _pass_over(
         self,
         ids: Ids,
         caches: Sequence[LatentCache],
+        expanded: Bools,
         all_logits: bool,
         progress: LayerProgress | None = None,
     ) -> F32:
         tokens = len(ids) // len(caches)
         for cache in caches:
             cache.reserve(tokens)
-        inputs = self._inputs(ids, caches)
+        inputs = self._inputs(ids, caches, expanded)
         beside = self.latent_bytes() + max(len(ids) * self.token_bytes - PASS_RESERVE, 0)
         with self.experts.passing(len(ids), beside):
-            if tokens == 1 and self._can_replay(len(ids)):
+            if tokens == 1 and not inputs.expanded and self._can_replay(len(ids)):
                 logits = self._replay(inputs)
             else:
                 logits = self._compute(inputs, all_logits, progress)
@@ -335,45 +345,43 @@ class Model:
         latents = self._pool.latents(layer, inputs.tables, inputs.starts, inputs.rows)
         k.store_latents(c_kv, k_pe, latents)
 
-        def queries(first: int, last: int) -> tuple[F32, F32]:
-            """q_nope [T, h, N] and q_pe [T, h, P] of h heads first .. last-1."""
+        def queries(run: slice, first: int, last: int) -> tuple[F32, F32]:
+            """q_nope [t, h, N] and q_pe [t, h, P] of a run of t tokens in heads first .. last-1."""
             rows = rows_of(q_weight, first * c.qk_head_dim, last * c.qk_head_dim)
-            q = self._linear(q_input, rows).reshape(tokens, last - first, c.qk_head_dim)
+            q = self._linear(q_input[run], rows).reshape(-1, last - first, c.qk_head_dim)
             q_nope, q_pe = k.split(q, n_dim)
-            return q_nope, k.rope(q_pe, cos, sin)
+            return q_nope, k.rope(q_pe, cos[run], sin[run])
 
-        scale = c.softmax_scale
-        if self._expanding_pays(tokens // len(inputs.starts)):
-            start, head_rows = int(inputs.starts[0]), n_dim + c.v_head_dim
-            end = start + tokens
-            all_c_kv, all_k_pe = latents.gather(0, end)  # [S, R], [S, P]
+        def absorbed(run: slice) -> F32:
+            """[t, H, V] of a run of tokens, or of one token of each timeline."""
+            q_nope, q_pe = queries(run, 0, heads)
+            q_latent = k.absorb_q(q_nope, w.kv_b_proj, self.threads)  # [t, H, R]
+            here = latents.later(run.start) if run.start else latents
+            o_latent = k.mla_decode(q_latent, q_pe, here, c.softmax_scale, self.threads)
+            o: F32 = k.absorb_v(o_latent, w.kv_b_proj, c.v_head_dim, self.threads)
+            return o
+
+        if inputs.absorbed == (slice(0, tokens),):
+            o = absorbed(inputs.absorbed[0])
+        else:
             o = np.empty((tokens, heads, c.v_head_dim), dtype=np.float32)
+            for run in inputs.absorbed:
+                o[run] = absorbed(run)
+        if inputs.expanded:
+            start, head_rows = int(inputs.starts[0]), n_dim + c.v_head_dim
+            end = start + inputs.expanded[-1].stop
+            all_c_kv, all_k_pe = latents.gather(0, end)  # [S, R], [S, P]
             for first in range(0, heads, HEADS_AT_ONCE):  # bounds the memory of keys and values
                 last = min(first + HEADS_AT_ONCE, heads)
-                q_nope, q_pe = queries(first, last)
                 rows = rows_of(w.kv_b_proj, first * head_rows, last * head_rows)
                 kv = self._linear(all_c_kv, rows)  # [S, h (N + V)]
                 kv = kv.reshape(end, last - first, head_rows)
-                o[:, first:last] = k.mla_prefill(
-                    q_nope, q_pe, kv, all_k_pe, start, scale, self.threads
-                )
-        else:
-            q_nope, q_pe = queries(0, heads)
-            q_latent = k.absorb_q(q_nope, w.kv_b_proj, self.threads)  # [T, H, R]
-            o_latent = k.mla_decode(q_latent, q_pe, latents, scale, self.threads)  # [T, H, R]
-            o = k.absorb_v(o_latent, w.kv_b_proj, c.v_head_dim, self.threads)  # [T, H, V]
+                for run in inputs.expanded:
+                    q_nope, q_pe = queries(run, first, last)
+                    o[run, first:last] = k.mla_prefill(
+                        q_nope, q_pe, kv, all_k_pe, start + run.start, c.softmax_scale, self.threads
+                    )
         return self._linear(o.reshape(tokens, heads * c.v_head_dim), w.o_proj)
-
-    def _expanding_pays(self, tokens: int) -> bool:
-        """Whether expanding each cached latent once costs less than absorbed attention.
-
-        Multiplications per head and cached token: absorbed T (2 R + P); expanded
-        T (N + P + V) and once R (N + V) for the expansion.
-        """
-        c = self.config
-        per_head = c.qk_nope_head_dim + c.v_head_dim
-        absorbed = tokens * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
-        return absorbed > tokens * (per_head + c.qk_rope_head_dim) + c.kv_lora_rank * per_head
 
     def _look_ahead(self, w: MoEWeights, norm: Norm, x: F32) -> None:
         """Have experts read that will probably be chosen, while the attention is computed.
@@ -432,7 +440,7 @@ class Model:
         y: F32 = self.kernels.rmsnorm(x, w, self.config.rms_norm_eps)
         return y
 
-    def _inputs(self, ids: Ids, caches: Sequence[LatentCache]) -> Inputs:
+    def _inputs(self, ids: Ids, caches: Sequence[LatentCache], expanded: Bools) -> Inputs:
         """Embeddings and rotary tables of the tokens `ids`, as many for each cache."""
         tokens = len(ids) // len(caches)
         starts = np.array([cache.length for cache in caches], dtype=np.int64)
@@ -446,6 +454,8 @@ class Model:
             tables=np.array([cache.table_address for cache in caches], dtype=np.int64),
             starts=starts,
             rows=int(starts.max()) + tokens,
+            absorbed=_runs(~expanded, ABSORBED_TOKENS if tokens > 1 else len(ids)),
+            expanded=_runs(expanded, len(ids)),
         )
 
     def _load_layer(self, checkpoint: Checkpoint, i: int) -> Layer:
@@ -494,6 +504,16 @@ class Model:
             )
         assert isinstance(source.shelf, ExpertTable)
         return source.shelf
+
+
+def _runs(which: Bools, longest: int) -> tuple[slice, ...]:
+    """The runs of true elements, longer ones in parts."""
+    borders = np.flatnonzero(np.diff(which, prepend=False, append=False)).tolist()
+    return tuple(
+        slice(first, min(first + longest, stop))
+        for begin, stop in zip(borders[::2], borders[1::2], strict=True)
+        for first in range(begin, stop, longest)
+    )
 
 
 def _load_mlp(checkpoint: Checkpoint, prefix: str) -> MLPWeights:

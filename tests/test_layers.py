@@ -20,6 +20,7 @@ LAYERS = [
     ("quant", 0),
     ("store", 1),
     ("kernels", 1),
+    ("attention_form", 2),
     ("model", 2),
     ("kv_cache", 2),
     ("sampling", 2),

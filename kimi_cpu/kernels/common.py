@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, Self
 
 import numpy as np
@@ -125,6 +125,10 @@ class Latents:
                 f"{self.rows} rows"
             )
         return n // n_timelines
+
+    def later(self, tokens: int) -> Self:
+        """The same, where so many of the tokens at hand are there already."""
+        return replace(self, starts=self.starts + tokens)
 
     def block(self, timeline: int, i: int) -> tuple[Rows, Rows]:
         """Views of block i of a timeline: c_kv [BLOCK_TOKENS, R] and k_pe [BLOCK_TOKENS, P]."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import numpy.typing as npt
 
@@ -116,8 +114,7 @@ def mla_decode(q_lat: F32, q_pe: F32, latents: Latents, scale: float, threads: i
     step = max(1, _MAX_STATE_BYTES // a_token)
     for t in range(0, n, step):
         part = slice(t, t + step)
-        rest = replace(latents, starts=latents.starts + t)
-        _decode_part(q_lat[part], q_pe[part], rest, scale, threads, out[part])
+        _decode_part(q_lat[part], q_pe[part], latents.later(t), scale, threads, out[part])
     return out
 
 

@@ -1,13 +1,13 @@
-"""The file of one block: a header, the token ids, the latents.
+"""The file of one block: a header, the tokens' keys (`attention_form`), the latents.
 
     bytes 0-7     "KIMILAT1"
     8-23          the model's key (`identity`)
     24-39, 40-55  digests of the tokens before the block, and up to its end
     56-59         n, the number of tokens, little-endian as all numbers
-    60-63         CRC-32 of bytes 0-59, of the token ids and of the latents
-    then          n token ids, int32, and the latents as `Block.dump` gives them
+    60-63         CRC-32 of bytes 0-59, of the keys and of the latents
+    then          n keys, int32, and the latents as `Block.dump` gives them
 
-A digest is BLAKE2b of the digest before it and the block's token ids, so a name tells all tokens
+A digest is BLAKE2b of the digest before it and the block's keys, so a name tells all tokens
 up to the block's end.
 """
 
@@ -53,7 +53,7 @@ class BlockName(NamedTuple):
 
     @classmethod
     def of(cls, parent: bytes, tokens: bytes) -> BlockName:
-        """The block of these token ids (int32) after those of `parent`."""
+        """The block of these keys (int32) after those of `parent`."""
         own = hashlib.blake2b(parent + tokens, digest_size=DIGEST_BYTES).digest()
         return cls(parent, own, len(tokens) // 4)
 
@@ -103,7 +103,7 @@ def _write_all(file: FileIO, data: bytes | memoryview) -> None:
 
 @contextlib.contextmanager
 def _opened(path: Path, model: bytes, name: BlockName) -> Iterator[tuple[FileIO, bytes, bytes]]:
-    """An open file, its header and token ids, both as they should be."""
+    """An open file, its header and keys, both as they should be."""
     with path.open("rb", buffering=0) as file:
         head = file.read(_HEADER.size) or b""
         if len(head) < _HEADER.size or not head.startswith(MAGIC):
@@ -113,12 +113,12 @@ def _opened(path: Path, model: bytes, name: BlockName) -> Iterator[tuple[FileIO,
             raise DamagedFileError("it holds other latents than its name says")
         tokens = file.read(4 * name.n_tokens) or b""
         if BlockName.of(name.parent, tokens) != name:
-            raise DamagedFileError("its token ids are damaged")
+            raise DamagedFileError("its tokens are damaged")
         yield file, head, tokens
 
 
 def read_tokens(path: Path, model: bytes, name: BlockName) -> bytes:
-    """A block's token ids. Raises OSError and DamagedFileError."""
+    """A block's keys. Raises OSError and DamagedFileError."""
     with _opened(path, model, name) as (_, _, tokens):
         return tokens
 

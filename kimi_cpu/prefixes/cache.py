@@ -64,9 +64,9 @@ class PrefixCache:
     def common_prefix(self, ids: Sequence[int]) -> int:
         """How many of `ids` memory has computed; the disk may have more."""
         with self._lock:
-            tokens = np.array(ids, dtype=np.int32)
-            node = self._tree.descend(tokens)
-            return node.end + self._tree.best_child(node, tokens)[1]
+            keys = self._engine.keys(ids)
+            node = self._tree.descend(keys)
+            return node.end + self._tree.best_child(node, keys)[1]
 
     def take(self, ids: Sequence[int]) -> Session:
         """A new session that begins with the longest known prefix of `ids`.
@@ -78,17 +78,18 @@ class PrefixCache:
         out_of_range = np.flatnonzero((tokens < 0) | (tokens >= self._engine.config.vocab_size))
         if len(out_of_range):
             tokens = tokens[: out_of_range[0]]
+        keys = self._engine.keys(tokens)
         with self._lock:
             self._request += 1
             session = self._engine.session()
             snapshot = session.snapshot()
-            node, more = self._longest(tokens.astype(np.int32), snapshot.cache.pool)
+            node, more = self._longest(keys, snapshot.cache.pool)
             length = node.end - node.name.n_tokens + more if more else node.end
             if not length:
                 return session
             blocks = [each.block for each in node.path() if each.block is not None]
             snapshot.cache.consist_of(blocks, length)
-            known = tuple(tokens[:length].tolist())
+            known = tuple(keys[:length].tolist())
             session.restore(SessionSnapshot(known, snapshot.cache, None))
             self._tree.touch(node, self._request)
             self._taken[session] = node
@@ -99,11 +100,11 @@ class PrefixCache:
         """Let others begin with the whole blocks that a session has computed; it may go on."""
         with self._lock:
             snapshot = session.snapshot()
-            n_blocks = len(snapshot.tokens) // BLOCK_TOKENS
+            n_blocks = len(snapshot.keys) // BLOCK_TOKENS
             if not n_blocks:
                 return
-            tokens = np.array(snapshot.tokens[: n_blocks * BLOCK_TOKENS], dtype=np.int32)
-            node = self._tree.insert(tokens, snapshot.cache.blocks[:n_blocks], self._request)
+            keys = np.array(snapshot.keys[: n_blocks * BLOCK_TOKENS], dtype=np.int32)
+            node = self._tree.insert(keys, snapshot.cache.blocks[:n_blocks], self._request)
             self._taken[session] = node
             del snapshot
             self._make_room(node)
@@ -114,10 +115,10 @@ class PrefixCache:
             self._request += 1
             self._taken.pop(session, None)
             snapshot = session.snapshot()
-            if not snapshot.tokens:
+            if not snapshot.keys:
                 return
-            tokens = np.array(snapshot.tokens, dtype=np.int32)
-            node = self._tree.insert(tokens, snapshot.cache.blocks, self._request)
+            keys = np.array(snapshot.keys, dtype=np.int32)
+            node = self._tree.insert(keys, snapshot.cache.blocks, self._request)
             del snapshot
             self._make_room(node)
 

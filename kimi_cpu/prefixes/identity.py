@@ -9,7 +9,7 @@ from kimi_cpu.engine import Engine
 from kimi_cpu.store.checkpoint import MANIFEST_NAME
 
 #: Changes whenever latents of equal tokens do, or the format of their files.
-FORMAT = 1
+FORMAT = 2
 
 
 def model_key(engine: Engine) -> bytes:

@@ -1,4 +1,4 @@
-"""Blocks of latents in memory: a tree over token ids, and which of them to let go.
+"""Blocks of latents in memory: a tree over tokens' keys, and which of them to let go.
 
 A node is the tokens of one block, after those of its parents. Nodes of BLOCK_TOKENS tokens may
 have children; shorter ones are the ends of timelines. Timelines that begin alike share nodes, and

@@ -165,6 +165,8 @@ class Scheduler:
     def _read_slice(self, job: Job) -> bool:
         """Compute the next tokens of a prompt, up to a multiple of the slice's size.
 
+        However it is sliced, its logits are the same in every bit.
+
         Returns whether the job is through with its prompt, or has failed.
         """
         if job.score_top is None:
@@ -217,8 +219,7 @@ class Scheduler:
         if self.active == 1 or len(prompt) - job.position < self._settings.prefill_slice:
             return
         known = self._prefixes.common_prefix(prompt)
-        known -= known % self._settings.prefill_slice  # as if it had computed these slices itself
-        if known <= job.position:
+        if known < job.position + self._settings.prefill_slice:
             return
         self._prefixes.give_back(session)
         job.session = session = self._prefixes.take(prompt[:known])

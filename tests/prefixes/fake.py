@@ -11,6 +11,7 @@ import numpy as np
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.engine import SessionSnapshot
 from kimi_cpu.kernels import reference
+from kimi_cpu.kernels.common import I32
 from kimi_cpu.kv_cache import BlockPool, LatentCache
 from kimi_cpu.quant import F32
 
@@ -40,7 +41,7 @@ class FakeSession:
 
     def restore(self, snapshot: SessionSnapshot) -> None:
         self._cache.take_over(snapshot.cache)
-        self.tokens = snapshot.tokens
+        self.tokens = snapshot.keys
 
     def sync(self, ids: Sequence[int]) -> None:
         """Compute what is missing."""
@@ -87,3 +88,8 @@ class FakeEngine:
 
     def session(self) -> FakeSession:
         return FakeSession(self)
+
+    @staticmethod
+    def keys(ids: Sequence[int]) -> I32:
+        """Its tokens are computed in one form only."""
+        return np.array(ids, np.int32)

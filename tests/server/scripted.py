@@ -76,6 +76,10 @@ class ScriptedEngine:
         self.sessions += 1
         return ScriptedSession(self)
 
+    @staticmethod
+    def keys(ids) -> np.ndarray:
+        return np.array(ids, np.int32)
+
     def step(self, sessions, tokens) -> np.ndarray:
         if self.broken is not None and len(sessions) > 1:
             raise self.broken  # which of them it was shows one by one
@@ -133,7 +137,7 @@ class ScriptedSession:
 
     def restore(self, snapshot: SessionSnapshot) -> None:
         self._cache.take_over(snapshot.cache)
-        self.ids = list(snapshot.tokens)
+        self.ids = list(snapshot.keys)
 
     def common_prefix(self, ids) -> int:
         n = 0
