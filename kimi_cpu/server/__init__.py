@@ -2,6 +2,7 @@
 
     app.py        routes, errors, start and stop
     security.py   who may ask: API key, Host, Origin
+    bodies.py     how much all requests together may hold
     sse.py        streams that outlive slow prompts and notice clients that leave
     api/          one file an endpoint: what comes in, what goes out
     page/         the chat page: plain files, served by api/page.py

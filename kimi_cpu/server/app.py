@@ -25,6 +25,7 @@ from kimi_cpu.server.api import (
     status,
     tokens,
 )
+from kimi_cpu.server.bodies import HoldBodies
 from kimi_cpu.server.errors import ApiError
 from kimi_cpu.server.metrics import Metrics
 from kimi_cpu.server.security import Guard
@@ -84,7 +85,10 @@ def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
         # Unknown paths are one: they must not fill the memory.
         metrics.answered(path if path in _PATHS else "other", code)
 
-    middleware = [Middleware(Guard, settings=settings, on_answer=count)]
+    middleware = [
+        Middleware(Guard, settings=settings, on_answer=count),
+        Middleware(HoldBodies, bodies=service.bodies),
+    ]
     if settings.cors_origins:  # outside, so that pages can read what the guard says
         middleware.insert(
             0,

@@ -12,6 +12,7 @@ import anyio.to_thread
 from starlette.requests import Request
 
 from kimi_cpu.prefixes.identity import model_key
+from kimi_cpu.server.bodies import Bodies
 from kimi_cpu.server.errors import ApiError
 from kimi_cpu.server.jobs import Job
 from kimi_cpu.server.metrics import Metrics
@@ -37,6 +38,7 @@ class Service:
         self.settings = settings
         self.metrics = metrics
         self.stored = StoredResponses()
+        self.bodies = Bodies(settings.max_bodies_bytes)
         self._replies: Replies | None = None
         self._reply_files: ReplyFiles | None = None
         self._making_replies = threading.Lock()

@@ -19,7 +19,7 @@ class Settings:
     """host: as bound; Host headers are checked against it unless an API key guards the server.
     api_key: without one anybody who reaches the server may use it.
     cors_origins: web origins whose pages may use the server, or `*`.
-    max_body_bytes: of one request.
+    max_body_bytes: of one request; max_bodies_bytes: of all that are not answered yet.
     max_active: replies that are computed in turns; max_waiting: requests that wait for one of
         those places, further ones are refused (429).
     prefill_slice: tokens of a prompt computed between two decode steps. Slices end at multiples of
@@ -37,6 +37,7 @@ class Settings:
     api_key: str | None = None
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 16 << 20
+    max_bodies_bytes: int = 64 << 20
     max_active: int = 8
     max_waiting: int = 64
     prefill_slice: int = 512

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import time
 
 import pytest
 
+from kimi_cpu.server import run
+from kimi_cpu.server.api import body as body_module
 from kimi_cpu.server.security import is_loopback
+from tests.server.live import until
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +135,89 @@ def test_bodies_that_end_early(scripted):
         time.sleep(0.01)
         connection.close()
     assert scripted.chat("hi")["choices"][0]["finish_reason"] == "stop"
+
+
+def begun(live, n_bytes, path="/v1/chat/completions"):
+    """A connection whose request has so many bytes more to come than it has sent."""
+    connection = socket.create_connection(("127.0.0.1", live.port))
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {n_bytes + 100}\r\n\r\n"
+    connection.sendall(head.encode() + b"[" * n_bytes)
+    return connection
+
+
+def test_bodies_are_bounded_in_sum(serve):
+    live = serve(settings={"max_body_bytes": 20_000, "max_bodies_bytes": 50_000})
+    bodies = live.app.state.service.bodies
+    body = {"messages": [{"role": "user", "content": "x" * 15_000}], "max_tokens": 1}
+    slow = [begun(live, 19_000) for _ in range(2)]
+    until(lambda: bodies.n_bytes == 38_000)
+    answer = live.post("/v1/chat/completions", body)
+    assert answer.status_code == 503 and answer.json()["error"]["code"] == "overloaded"
+    assert int(answer.headers["Retry-After"]) > 0
+    assert live.chat("short")["choices"] and live.client.get("/health").status_code == 200
+    slow.pop().close()
+    until(lambda: bodies.n_bytes == 19_000)
+    assert live.post("/v1/chat/completions", body).status_code == 200
+    # What is being answered holds its body until the answer is complete.
+    live.worker.model.engine.gate.clear()
+    chunks = live.stream("/v1/chat/completions", body)
+    next(chunks)
+    slow.append(begun(live, 10_000))
+    until(lambda: bodies.n_bytes > 44_000)
+    assert live.post("/v1/chat/completions", body).status_code == 503
+    live.worker.model.engine.gate.set()
+    list(chunks)
+    for connection in slow:
+        connection.close()
+    until(lambda: bodies.n_bytes == 0)
+
+
+def test_a_body_that_trickles_in(serve, monkeypatch):
+    monkeypatch.setattr(body_module, "READ_TIMEOUT_S", 0.3)
+    live = serve()
+    connection = begun(live, 10)
+    connection.settimeout(10)
+    began = time.monotonic()
+    answer = b""
+    while b"\r\n\r\n" not in answer and time.monotonic() - began < 5:
+        connection.sendall(b"[")
+        time.sleep(0.05)
+        connection.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            answer += connection.recv(1000)
+        connection.setblocking(True)
+    connection.close()
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    until(lambda: live.app.state.service.bodies.n_bytes == 0)
+
+
+@pytest.mark.parametrize(
+    "begin", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /"]
+)
+def test_a_head_that_does_not_arrive(serve, monkeypatch, begin):
+    monkeypatch.setattr(run, "HEAD_TIMEOUT_S", 0.4)
+    live = serve()
+    with socket.create_connection(("127.0.0.1", live.port), timeout=10) as connection:
+        connection.sendall(begin)
+        for _ in range(4):
+            time.sleep(0.05)
+            connection.sendall(begin[-1:])
+        until(lambda: not live.running.server_state.connections)
+        received = b""
+        while part := connection.recv(1000):
+            received += part
+    assert received.startswith(b"HTTP/1.1 200") == (b"Host" in begin)
+
+
+def test_who_is_served_is_not_hurried(serve, monkeypatch):
+    """The time for a request's head does not run while it is answered, nor between two."""
+    monkeypatch.setattr(run, "HEAD_TIMEOUT_S", 0.2)
+    live = serve(step_s=0.02)
+    assert live.chat("a longer message")["choices"][0]["finish_reason"] == "stop"
+    (connection,) = live.running.server_state.connections
+    time.sleep(0.4)
+    assert live.chat("again")["choices"][0]["finish_reason"] == "stop"
+    assert live.running.server_state.connections == {connection}
 
 
 def test_no_file_of_a_client_is_opened(scripted, tmp_path):

@@ -21,9 +21,11 @@ READ_TIMEOUT_S = 60.0
 async def read_body(request: Request, form: type[T]) -> T:
     """The request's JSON body as a msgspec Struct; unknown fields are ignored.
 
-    Raises ApiError: 413 too large, 408 too slow, 400 not JSON or a field of the wrong type.
+    Raises ApiError: 413 too large, 503 too large beside those of other requests, 408 too slow, 400
+    not JSON or a field of the wrong type.
     """
-    limit = service_of(request).settings.max_body_bytes
+    service = service_of(request)
+    limit = service.settings.max_body_bytes
     too_large = ApiError(413, f"the body is larger than {limit:,} bytes", code="too_large")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > limit:
@@ -32,15 +34,16 @@ async def read_body(request: Request, form: type[T]) -> T:
     try:
         async with asyncio.timeout(READ_TIMEOUT_S):
             async for part in request.stream():
-                body += part
-                if len(body) > limit:
+                if len(body) + len(part) > limit:
                     raise too_large
+                service.bodies.take(request.scope, len(part))
+                body += part
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time", code="timeout") from None
     except ClientDisconnect:
         raise ApiError(400, "the client left while sending", code="incomplete") from None
     try:
-        return _decoded(bytes(body), form)
+        return _decoded(body, form)
     except msgspec.ValidationError as error:
         raise from_validation(error) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -57,7 +60,7 @@ _ESCAPE = re.compile(
 )
 
 
-def _decoded(body: bytes, form: type[T]) -> T:
+def _decoded(body: bytes | bytearray, form: type[T]) -> T:
     """msgspec's decoding, but for lone surrogates: clients that cut texts in UTF-16 send them."""
     try:
         return msgspec.json.decode(body, type=form)
