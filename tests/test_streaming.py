@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,7 @@ from kimi_cpu.engine import Engine, Session
 from kimi_cpu.errors import CheckpointError, UsageError
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts import budget as budget_module
+from kimi_cpu.store.experts import system
 from kimi_cpu.store.experts.simulation import read_trace
 from kimi_cpu.store.repack import Options, plan_repack, repack
 from tests.store.experts.shelf import budget_of
@@ -138,6 +142,53 @@ def test_a_conversation_that_outgrows_memory(published: Path) -> None:
         session.rewind(1)
         np.testing.assert_array_equal(session.step(3), first)
         np.testing.assert_array_equal(engine.session().sync([1, 2, 3]), first)
+
+
+def resident_bytes(memory: np.ndarray) -> int:
+    """Of anonymous memory that begins at a page, the bytes that have pages."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    flags = np.zeros(-(-memory.nbytes // mmap.PAGESIZE), dtype=np.uint8)
+    failed = libc.mincore(
+        ctypes.c_void_p(memory.ctypes.data),
+        ctypes.c_size_t(memory.nbytes),
+        ctypes.c_void_p(flags.ctypes.data),
+    )
+    assert not failed
+    return int((flags & 1).sum()) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is resident")
+def test_experts_and_latents_never_exceed_their_memory(
+    published: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over hundreds of tokens, several conversations and a prompt, guesses included."""
+    monkeypatch.setattr(system, "use_huge_pages", lambda address, length: None)  # count single ones
+    memory = memory_for(published, TOP_K + 12, latents=False)
+    rng = np.random.default_rng(2)
+    with Engine.load(published, memory=memory, io="direct", threads=2) as engine:
+        store, most = engine.experts, 0
+        budget = store._budget
+        slab: np.ndarray = store._backend._slab  # type: ignore[attr-defined]
+        assert slab.nbytes <= budget.expert_bytes
+        sessions = [engine.session()]
+        for step in range(240):
+            session = sessions[-1]
+            if step == 220:
+                session.sync(list(range(100)))
+            elif step % 50 == 49 and len(sessions) < 4:
+                sessions.append(engine.session())
+            else:
+                session.step(int(rng.integers(0, 200)))
+            used = resident_bytes(slab) + engine._model.latent_bytes()
+            assert used <= budget.expert_bytes, step
+            most = max(most, used)
+        capacity = store.capacity
+        assert capacity < TOP_K + 12, "latents took none of the experts' slots"
+        del session
+        sessions.clear()
+        engine.session().step(1)
+        assert store.capacity > capacity
+        assert store.stats().ahead > 0 and most > 0.8 * budget.expert_bytes
 
 
 def test_memory_set_aside_for_latents(published: Path) -> None:
