@@ -9,6 +9,7 @@ would depend on what was cached, how its prompt was cut, and who else is served.
 - Any other message is absorbed in its first tokens and expanded from there on. A short one never
   pays for expanding all that is cached, and a long one at most twice what the better form costs,
   whatever its length, which the first tokens cannot know.
+- The first message has nothing cached before it: it is expanded.
 
 A message begins with a control token (`<|im_user|>` ..), which no text can be taken for. Text
 without them is one message. What a model adds to such text token by token is absorbed all the same
@@ -47,7 +48,7 @@ class FormRule:
     """The rule for one model.
 
     Attributes:
-        absorbed_tokens: so many tokens of a message are absorbed, whoever wrote it.
+        absorbed_tokens: so many tokens of a message after others are absorbed, whoever wrote it.
         openers: ids of the control tokens that begin a message.
         assistant: that of an assistant's, or -1.
     """
@@ -67,9 +68,8 @@ class FormRule:
         """Which tokens of a prompt, int64 [T] from its beginning, are expanded; bool [T]."""
         places = np.arange(len(ids))
         begins = np.maximum.accumulate(np.where(np.isin(ids, self.openers), places, 0))
-        expanded: Bools = (places - begins >= self.absorbed_tokens) & (
-            ids[begins] != self.assistant
-        )
+        far_enough = (begins == 0) | (places - begins >= self.absorbed_tokens)
+        expanded: Bools = far_enough & (ids[begins] != self.assistant)
         return expanded
 
     def keys(self, ids: I64) -> Keys:

@@ -302,9 +302,8 @@ class Session:
         Raises:
             ContextError: the id lies outside the vocabulary, or the context is full.
         """
-        self._append(_checked(self._model.config, (token,)).astype(np.int32))
-        assert self._logits is not None
-        return self._logits
+        logits: F32 = _append_one(self._model, [self], _checked(self._model.config, (token,)))[0]
+        return logits
 
     def extend(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
         """Append T >= 1 tokens of a prompt in one pass, which needs memory for the logits of each.

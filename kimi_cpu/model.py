@@ -216,7 +216,8 @@ class Model:
             CheckpointError: a weight is damaged (not finite) or cannot be read any more. In all
                 cases the cache is unchanged.
         """
-        return self._pass_over(ids, [cache], expanded, all_logits, progress)
+        runs = _runs(~expanded, ABSORBED_TOKENS), _runs(expanded, len(ids))
+        return self._pass_over(ids, [cache], *runs, all_logits, progress)
 
     def step(self, ids: Ids, caches: Sequence[LatentCache]) -> F32:
         """Compute the next token of each of B timelines, all in one pass: a weight is read once.
@@ -234,23 +235,24 @@ class Model:
         Raises:
             As `forward`; all caches are then unchanged.
         """
-        return self._pass_over(ids, caches, np.zeros(len(ids), np.bool_), all_logits=True)
+        return self._pass_over(ids, caches, (slice(0, len(ids)),), (), all_logits=True)
 
     def _pass_over(
         self,
         ids: Ids,
         caches: Sequence[LatentCache],
-        expanded: Bools,
+        absorbed: tuple[slice, ...],
+        expanded: tuple[slice, ...],
         all_logits: bool,
         progress: LayerProgress | None = None,
     ) -> F32:
         tokens = len(ids) // len(caches)
         for cache in caches:
             cache.reserve(tokens)
-        inputs = self._inputs(ids, caches, expanded)
+        inputs = self._inputs(ids, caches, absorbed, expanded)
         beside = self.latent_bytes() + max(len(ids) * self.token_bytes - PASS_RESERVE, 0)
         with self.experts.passing(len(ids), beside):
-            if tokens == 1 and not inputs.expanded and self._can_replay(len(ids)):
+            if tokens == 1 and not expanded and self._can_replay(len(ids)):
                 logits = self._replay(inputs)
             else:
                 logits = self._compute(inputs, all_logits, progress)
@@ -440,7 +442,13 @@ class Model:
         y: F32 = self.kernels.rmsnorm(x, w, self.config.rms_norm_eps)
         return y
 
-    def _inputs(self, ids: Ids, caches: Sequence[LatentCache], expanded: Bools) -> Inputs:
+    def _inputs(
+        self,
+        ids: Ids,
+        caches: Sequence[LatentCache],
+        absorbed: tuple[slice, ...],
+        expanded: tuple[slice, ...],
+    ) -> Inputs:
         """Embeddings and rotary tables of the tokens `ids`, as many for each cache."""
         tokens = len(ids) // len(caches)
         starts = np.array([cache.length for cache in caches], dtype=np.int64)
@@ -454,8 +462,8 @@ class Model:
             tables=np.array([cache.table_address for cache in caches], dtype=np.int64),
             starts=starts,
             rows=int(starts.max()) + tokens,
-            absorbed=_runs(~expanded, ABSORBED_TOKENS if tokens > 1 else len(ids)),
-            expanded=_runs(expanded, len(ids)),
+            absorbed=absorbed,
+            expanded=expanded,
         )
 
     def _load_layer(self, checkpoint: Checkpoint, i: int) -> Layer:

@@ -207,7 +207,7 @@ def test_experts_stored_in_different_ways(folder: Path) -> None:
 def test_the_rule() -> None:
     rule = FormRule(3, (7, 8, 9), 7)
     ids = [1, 2, 3, 4, 8, 1, 1, 1, 1, 7, 1, 1, 1, 1, 9, 9, 8, 1, 1, 7, 7]
-    want = "---e---ee" + "-" * 12
+    want = "eeee---ee" + "-" * 12
     got = rule.expanded(np.array(ids))
     assert "".join("-e"[int(x)] for x in got) == want
     for end in range(len(ids)):  # what follows does not matter
@@ -236,4 +236,4 @@ def test_folders_that_tell_no_control_tokens(tmp_path: Path, content: str | None
         (tmp_path / "tokenizer_config.json").write_text(content)
     rule = FormRule.of(ModelConfig.from_dict(tiny_config()), tmp_path)
     assert rule.openers == () and rule.assistant == -1
-    assert rule.expanded(np.arange(50)).sum() == 50 - rule.absorbed_tokens
+    assert rule.expanded(np.arange(50)).all()

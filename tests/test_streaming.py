@@ -140,7 +140,7 @@ def test_a_conversation_that_outgrows_memory(published: Path) -> None:
         assert len(sessions[-1]) == 0
         sessions.clear()
         session.rewind(1)
-        np.testing.assert_array_equal(session.step(3), first)
+        np.testing.assert_array_equal(session.sync([1, 2, 3]), first)
         np.testing.assert_array_equal(engine.session().sync([1, 2, 3]), first)
 
 

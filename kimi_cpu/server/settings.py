@@ -22,8 +22,7 @@ class Settings:
     max_body_bytes: of one request; max_bodies_bytes: of all that are not answered yet.
     max_active: replies that are computed in turns; max_waiting: requests that wait for one of
         those places, further ones are refused (429).
-    prefill_slice: tokens of a prompt computed between two decode steps. Slices end at multiples of
-        it, so that what a prompt gives does not depend on who else is being served.
+    prefill_slice: tokens of a prompt computed between two decode steps.
     cache_dir: folder where latents are kept that memory has no room for, and all at the end; none
         by default. cache_bytes: what may lie there. The replies that clients may send back are kept
         there, too.

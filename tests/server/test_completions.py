@@ -41,10 +41,9 @@ def test_echo_with_logprobs_as_evaluation_programs_need_it(nano):
         assert found["token_logprobs"][0] is None and found["top_logprobs"][0] is None
         expected = scored(nano, ids)
         own = [expected[i, token] for i, token in enumerate(ids[1:])]
-        # other slices round otherwise
-        assert found["token_logprobs"][1:-1] == pytest.approx(own, abs=0.05, rel=0.02)
+        assert found["token_logprobs"][1:-1] == pytest.approx(own, abs=1e-6, rel=1e-6)
         for at, tops in enumerate(found["top_logprobs"][1:-1]):
-            assert max(tops.values()) == pytest.approx(expected[at].max(), abs=0.05, rel=0.02)
+            assert max(tops.values()) == pytest.approx(expected[at].max(), abs=1e-6, rel=1e-6)
             assert 3 <= len(tops) <= 4 and found["tokens"][at + 1] in tops
         shown = zip(found["text_offset"][:-1], found["tokens"][:-1], strict=True)
         assert all(choice["text"][at:].startswith(token) for at, token in shown)
