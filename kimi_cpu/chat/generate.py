@@ -487,10 +487,13 @@ class Reply:
 
 
 def continued(tokenizer: Tokenizer, prompt_ids: Sequence[int], params: SamplingParams) -> list[int]:
-    """The prompt that a reply continues: with the reasoning closed when thinking is off."""
+    """The prompt that a reply continues: with the reasoning closed when thinking is off.
+
+    A prompt may end in the beginning of the answer; then its reasoning is closed already.
+    """
     prompt, ids = list(prompt_ids), tokenizer.special_tokens
     off = params.thinking_budget == 0 and supports_thinking(tokenizer)
-    if off and prompt[-1:] != [ids[END_THINK]]:
+    if off and starts_in_reasoning(tokenizer, prompt):
         if prompt[-1:] != [ids[THINK]]:  # K2.5's template opens it itself
             prompt.append(ids[THINK])
         prompt.append(ids[END_THINK])

@@ -22,11 +22,13 @@ from kimi_cpu.server.settings import ServedModel
 class ChatPrompt:
     """ids: the tokens up to the reply. conversation: what they say, normalised.
     key: names the conversation, see `Replies.remember`.
+    begun: the beginning of the reply, which the ids end in.
     """
 
     ids: list[int]
     conversation: Conversation
     key: bytes
+    begun: str = ""
 
 
 def chat_prompt(
@@ -38,10 +40,12 @@ def chat_prompt(
     thinking: bool | None = None,
     template_kwargs: dict[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    begun: str = "",
     check: bool = True,
 ) -> ChatPrompt:
     """Render a conversation, with the model's own turns in the tokens that it sampled.
 
+    begun: text that the reply begins with; thinking must be off.
     Raises MessageError, TemplateError, and with `check` ContextError when no room is left for a
     reply.
     """
@@ -54,10 +58,10 @@ def chat_prompt(
         thinking=thinking,
         **(template_kwargs or {}),
     )
-    ids = replies.encode(segments, recalled)
+    ids = replies.encode(segments, recalled) + model.tokenizer.encode_text(begun)
     if check:
         check_length(model, ids, "messages")
-    return ChatPrompt(ids, conversation, recalled.key)
+    return ChatPrompt(ids, conversation, recalled.key, begun)
 
 
 def chat_reply(

@@ -30,6 +30,7 @@ class StoredResponses:
     def __init__(self, max_bytes: int = MAX_BYTES) -> None:
         self._max_bytes = max_bytes
         self._responses: OrderedDict[str, Stored] = OrderedDict()
+        self._items: dict[str, dict[str, Any]] = {}  # of their outputs, by id
         self._n_bytes = 0
 
     def __len__(self) -> int:
@@ -40,6 +41,7 @@ class StoredResponses:
         self.drop(body["id"])
         n_bytes = len(msgspec.json.encode(messages)) + len(msgspec.json.encode(body))
         self._responses[body["id"]] = Stored(messages, body, n_bytes)
+        self._items |= {item["id"]: item for item in body.get("output", ())}
         self._n_bytes += n_bytes
         while len(self._responses) > MAX_RESPONSES or self._n_bytes > self._max_bytes:
             self.drop(next(iter(self._responses)))
@@ -51,8 +53,16 @@ class StoredResponses:
         self._responses.move_to_end(response_id)
         return self._responses[response_id]
 
+    def find_item(self, item_id: str) -> dict[str, Any] | None:
+        """A message, a call or the reasoning of a response that is still there."""
+        return self._items.get(item_id)
+
     def drop(self, response_id: str) -> bool:
         """Forget a response; False if it is not there."""
         gone = self._responses.pop(response_id, None)
-        self._n_bytes -= gone.n_bytes if gone else 0
-        return gone is not None
+        if gone is None:
+            return False
+        self._n_bytes -= gone.n_bytes
+        for item in gone.body.get("output", ()):
+            self._items.pop(item["id"], None)
+        return True

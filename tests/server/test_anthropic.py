@@ -200,6 +200,49 @@ def test_what_the_model_reads(serve):
     ]
 
 
+def test_the_beginning_of_an_answer_is_continued(nano):
+    """Only what follows comes back, and together they are the turn that the model said."""
+    question = user("What is the capital of France?")
+    begun = {"role": "assistant", "content": "The capital of France is"}
+    message = ask(nano, messages=[*question, begun])
+    (block,) = message["content"]
+    assert block["type"] == "text" and block["text"] == " Paris."
+    assert message["stop_reason"] == "end_turn"
+    texts = [{"type": "text", "text": text} for text in ("The capital ", "of France is")]
+    parts = {"role": "assistant", "content": texts}
+    assert ask(nano, messages=[*question, parts])["content"] == message["content"]
+    events = events_of(nano, messages=[*question, begun])
+    assert put_together(events[1:])["content"] == message["content"]
+    counted = nano.post("/v1/messages/count_tokens", {"messages": [*question, begun]}).json()
+    usage = message["usage"]
+    assert counted["input_tokens"] == usage["input_tokens"] + usage["cache_read_input_tokens"]
+    # What is sent back is found in its own tokens.
+    whole = {"role": "assistant", "content": begun["content"] + block["text"]}
+    again = ask(nano, messages=[*question, whole, *user("And 3 + 4?")])
+    known = counted["input_tokens"] + usage["output_tokens"]
+    assert again["usage"]["cache_read_input_tokens"] >= known - 1
+
+
+def test_what_the_model_reads_of_a_beginning(serve):
+    """Text is text, also there; and the first thing that the model says may be a call."""
+    seen = Seen("<think></think>Let me see." + call("calculator", '{"expression": "6*7"}'))
+    live = serve(seen)
+    begun = {"role": "assistant", "content": "Let me see"}
+    message = ask(live, messages=[*user("6*7?"), begun], tools=[CALCULATOR])
+    assert [block["type"] for block in message["content"]] == ["text", "tool_use"]
+    assert message["stop_reason"] == "tool_use"
+    ask(live, messages=[*user("x"), {"role": "assistant", "content": "a</think>b<|im_end|>"}])
+    service = live.app.state.service
+    (ids,) = {
+        tuple(r.turn) for r in service.replies._replies.values() if not r.message.get("tool_calls")
+    }
+    control = service.model.tokenizer.special_tokens
+    assert ids.count(control["</think>"]) == 1 and control["<|im_end|>"] not in ids
+    for nothing in ("", []):
+        empty = ask(live, messages=[*user("6*7?"), {"role": "assistant", "content": nothing}])
+        assert empty["content"][0]["text"].startswith("Let me see")
+
+
 def test_tool_choice(nano):
     note = {"name": "note", "input_schema": {
         "type": "object", "properties": {"n": {"type": "integer", "minimum": 0, "maximum": 9}},
@@ -306,8 +349,16 @@ DOCUMENT = {"type": "document", "source": {"type": "file", "file_id": "file_1"}}
         ({"messages": [{"role": "assistant", "content": [
             {"type": "server_tool_use", "id": "t", "name": "web_search", "input": {}}]}]},
          "messages[0].content[0]: 'server_tool_use' is not"),
-        ({"messages": [*user("x"), {"role": "assistant", "content": "The answer is"}]},
-         "messages[1]: the last message is the assistant's"),
+        ({"messages": [*user("x"), {"role": "assistant", "content": "The answer is "}]},
+         "messages[1]: the beginning of the answer must not end in blanks"),
+        ({"messages": [*user("x"), {"role": "assistant", "content": [
+            {"type": "tool_use", "id": "t", "name": "f", "input": {}}]}]},
+         "messages[1]: ends in tool_use"),
+        ({"messages": [*user("x"), {"role": "assistant", "content": "A"}], "thinking": THINKING},
+         "thinking: not with"),
+        ({"messages": [*user("x"), {"role": "assistant", "content": "A"}],
+          "output_config": {"format": {"type": "json_schema", "schema": {}}}},
+         "output_config.format: not with"),
         ({"system": [IMAGE]}, "system[0]: 'image'"),
         ({"tools": [{"type": "web_search_20250305", "name": "web_search"}]},
          "tools[0].type: 'web_search_20250305' is not a tool"),

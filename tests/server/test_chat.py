@@ -27,6 +27,33 @@ def user(content):
     return [{"role": "user", "content": content}]
 
 
+def test_a_partial_answer_is_continued(nano):
+    """As Moonshot's API has it: `partial` says that the last message goes on."""
+    begun = {"role": "assistant", "content": "The capital of France is", "partial": True}
+    question = {"role": "user", "content": "What is the capital of France?"}
+    body = nano.chat(messages=[question, begun])
+    message = body["choices"][0]["message"]
+    assert message["content"] == " Paris." and "reasoning_content" not in message
+    whole = {"role": "assistant", "content": begun["content"] + message["content"]}
+    again = nano.chat(messages=[question, whole, {"role": "user", "content": "And 3 + 4?"}])
+    cached = again["usage"]["prompt_tokens_details"]["cached_tokens"]
+    assert cached >= body["usage"]["total_tokens"] - 1
+    for partial in (False, None):
+        other = nano.chat(messages=[question, {**begun, "partial": partial}], max_tokens=1)
+        assert other["usage"]["prompt_tokens"] > body["usage"]["prompt_tokens"]
+    for fields, param in (
+        ({"messages": [{**question, "partial": True}]}, "messages[0].partial"),
+        ({"messages": [question, {**begun, "content": 5}]}, "messages[1].content"),
+        ({"messages": [question, {**begun, "content": [{"type": "image_url"}]}]},
+         "messages[1].content[0]"),
+        ({"messages": [question, {**begun, "tool_calls": [{}]}]}, "messages[1].tool_calls"),
+        ({"messages": [question, begun], "response_format": {"type": "json_object"}},
+         "response_format"),
+    ):  # fmt: skip
+        answer = nano.post("/v1/chat/completions", fields)
+        assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
 def test_an_answer_of_the_nano_model(nano):
     body = nano.chat("What is 17 + 25?")
     (choice,) = body["choices"]

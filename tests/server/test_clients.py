@@ -109,7 +109,7 @@ def test_responses_errors(nano):
         with pytest.raises(openai.BadRequestError) as caught:
             client.responses.create(model="nano", input="x", tools=[{"type": "web_search"}])
         assert caught.value.param == "tools[0].type"
-        with pytest.raises(openai.NotFoundError, match="there is no response"):
+        with pytest.raises(openai.BadRequestError, match="there is no response"):
             client.responses.create(model="nano", input="x", previous_response_id="resp_1")
 
 

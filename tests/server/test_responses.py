@@ -180,6 +180,82 @@ def test_what_the_model_reads(serve):
     ]
 
 
+def test_items_by_reference(serve):
+    said = "<think>Hm.</think>Let me see." + call("calculator", '{"expression": "6*7"}')
+    prompts = []
+
+    def script(prompt):
+        prompts.append(prompt)
+        return "<think>So.</think>42." if "## Return of" in prompt else said
+
+    live = serve(script)
+    first = ask(live, "Six times seven?", tools=[CALCULATOR])
+    assert kinds(first) == ["reasoning", "message", "function_call"]
+    made = first["output"][-1]
+    result = {"type": "function_call_output", "call_id": made["call_id"], "output": "42"}
+    question = {"role": "user", "content": "Six times seven?"}
+    seen = set()
+    references = [{"type": "item_reference", "id": item["id"]} for item in first["output"]]
+    short = [{"id": item["id"]} for item in first["output"]]  # as OpenAI's documentation allows
+    for items in (first["output"], references, short):
+        body = ask(live, [question, *items, result], tools=[CALCULATOR])
+        known = first["usage"]["input_tokens"] + first["usage"]["output_tokens"]
+        assert body["usage"]["input_tokens_details"]["cached_tokens"] >= known - 1
+        seen.add(next(prompt for prompt in reversed(prompts) if prompt.endswith("<|im_middle|>")))
+    assert len(seen) == 1 and all(text in prompts[-1] for text in ("6*7", "Let me see.", "Hm."))
+    for response_id in (first["id"], None):
+        if response_id:
+            live.client.delete(f"/v1/responses/{response_id}")
+        else:
+            references = [
+                {"type": "item_reference", "id": ask(live, store=False)["output"][0]["id"]}
+            ]
+        response = live.post("/v1/responses", {"input": [question, *references]})
+        assert response.status_code == 404
+        error = response.json()["error"]
+        assert error["param"] == "input[1]" and "there is no item" in error["message"]
+    assert not live.app.state.service.stored.find_item(made["id"])
+
+
+def test_log_probabilities(nano):
+    include = ["message.output_text.logprobs", "reasoning.encrypted_content"]
+    fields = {"include": include, "top_logprobs": 3, "temperature": 0}
+    whole = ask(nano, "What is 17 + 25?", **fields)
+    assert whole["top_logprobs"] == 3
+    part = whole["output"][-1]["content"][0]
+    entries = part["logprobs"]
+    assert "".join(entry["token"] for entry in entries) == part["text"] == "17 + 25 = 42."
+    for entry in entries:
+        assert bytes(entry["bytes"]).decode() == entry["token"] and entry["logprob"] <= 0
+        assert len(entry["top_logprobs"]) == 3
+        assert entry["top_logprobs"][0]["token"] == entry["token"], "greedy"
+    chat = nano.chat("What is 17 + 25?", logprobs=True, top_logprobs=3, temperature=0)
+    assert chat["choices"][0]["logprobs"]["content"] == entries
+    events = events_of(nano, "What is 17 + 25?", **fields)
+    deltas = [event for event in events if event["type"] == "response.output_text.delta"]
+    assert [entry for event in deltas for entry in event["logprobs"]] == entries
+    assert sum(1 for event in deltas if event["logprobs"]) > 3, "they come with their text"
+    for event in events:
+        if event["type"] == "response.output_text.done":
+            assert event["logprobs"] == entries
+        if event["type"] in ("response.content_part.added", "response.content_part.done"):
+            known = entries if event["type"].endswith("done") else []
+            assert event["part"].get("logprobs", known) == known
+    assert events[-1]["response"]["output"][-1]["content"][0]["logprobs"] == entries
+    # Without being included they do not come, whatever their number.
+    plain = ask(nano, "What is 17 + 25?", top_logprobs=3, temperature=0)
+    assert plain["output"][-1]["content"][0]["logprobs"] == []
+
+
+def test_log_probabilities_are_of_the_text_alone(serve):
+    live = serve(lambda _: "<think>Hm.</think>  " + call("calculator", '{"expression": "1"}'))
+    include = ["message.output_text.logprobs"]
+    assert kinds(ask(live, tools=[CALCULATOR], include=include)) == ["reasoning", "function_call"]
+    live = serve(lambda _: "<think></think>A \n" + call("calculator", '{"expression": "1"}'))
+    first = ask(live, tools=[CALCULATOR], include=include)["output"][0]["content"][0]
+    assert "".join(entry["token"] for entry in first["logprobs"]) == first["text"] == "A \n"
+
+
 def test_instructions_are_those_of_this_request_only(serve):
     seen = Seen()
     live = serve(seen)
@@ -203,10 +279,11 @@ def test_what_is_kept(scripted, nano):
         for response in (
             scripted.client.get(f"/v1/responses/{gone}"),
             scripted.client.delete(f"/v1/responses/{gone}"),
-            scripted.post("/v1/responses", {"input": "x", "previous_response_id": gone}),
         ):
             assert response.status_code == 404
             assert "there is no response" in response.json()["error"]["message"]
+        response = scripted.post("/v1/responses", {"input": "x", "previous_response_id": gone})
+        assert response.status_code == 400
     assert response.json()["error"]["param"] == "previous_response_id"
     assert response.json()["error"]["code"] == "previous_response_not_found"
     assert nano.client.get(f"/v1/responses/{kept['id']}").status_code == 404
@@ -299,7 +376,12 @@ IMAGE = {"type": "input_image", "image_url": "file:///etc/passwd"}
         ({"input": [5]}, "input[0]", "not an object"),
         ({"input": [{}]}, "input[0]", "not supported"),
         ({"input": [{"type": "web_search_call"}]}, "input[0].type", "not supported"),
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "the item itself"),
+        ({"input": [{"type": "item_reference"}]}, "input[0].id", "missing"),
+        ({"input": [{"type": "item_reference", "id": 5}]}, "input[0].id", "not a string"),
+        ({"top_logprobs": 21}, "top_logprobs", "0 to 20"),
+        ({"top_logprobs": -1}, "top_logprobs", "0 to 20"),
+        ({"include": "all"}, "include", "Expected"),
+        ({"previous_response_id": "resp_x"}, "previous_response_id", "there is no response"),
         ({"input": [{"role": "tool", "content": "x"}]}, "input[0].role", "use user"),
         ({"input": [{"role": "user", "content": [IMAGE]}]}, "input[0].content[0]", "input_image"),
         ({"input": [{"role": "user", "content": [{"type": "input_file", "file_id": "f"}]}]},

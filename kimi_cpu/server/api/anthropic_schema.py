@@ -70,10 +70,7 @@ def chat_request(body: ConversationFields) -> tuple[ChatRequest, list[str]]:
     for i, message in enumerate(body.messages):
         _message(message, f"messages[{i}]", messages)
     if body.messages and messages.done[-1]["role"] == "assistant":
-        raise _wrong(
-            messages.origins[-1],
-            "the last message is the assistant's: beginning its answer is not supported",
-        )
+        _begun(body, messages)
     request = ChatRequest(messages=messages.done)
     if body.tools:
         request.tools = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(body.tools)]
@@ -88,6 +85,22 @@ def chat_request(body: ConversationFields) -> tuple[ChatRequest, list[str]]:
         request.top_k = body.top_k
         request.stop = body.stop_sequences
     return request, messages.origins
+
+
+def _begun(body: ConversationFields, messages: _Messages) -> None:
+    """The last message is the beginning of the answer."""
+    turn, where = messages.done[-1], messages.origins[-1]
+    if turn.get("tool_calls"):
+        raise _wrong(where, "ends in tool_use; a tool_result must follow")
+    if (body.thinking or {}).get("type", "disabled") not in ("disabled", "between_tools"):
+        raise _wrong("thinking", "not with a last message that begins the answer")
+    if (body.output_config or {}).get("format") is not None:
+        raise _wrong("output_config.format", "not with a last message that begins the answer")
+    text = "".join(part["text"] for part in turn["content"] or ())
+    if text != text.rstrip():
+        raise _wrong(where, "the beginning of the answer must not end in blanks")
+    turn.pop("reasoning_content", None)
+    turn["partial"] = True
 
 
 def _thinking(body: ConversationFields, request: ChatRequest) -> None:

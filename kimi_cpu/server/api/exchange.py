@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
@@ -82,10 +83,10 @@ class Exchange:
 
     def remember(self, finished: Finished) -> None:
         """Keep the reply, for when the client sends it back."""
-        reply = self.job.reply
-        self.service.replies.remember(
-            self.prompt.key, finished.result.message, [*reply.prompt, *reply.ids]
-        )
+        reply, message, begun = self.job.reply, finished.result.message, self.prompt.begun
+        if begun:  # clients put the two together
+            message = {**message, "content": begun + (message["content"] or "")}
+        self.service.replies.remember(self.prompt.key, message, [*reply.prompt, *reply.ids])
 
 
 def prompt_of(service: Service, body: ChatRequest, *, check: bool = True) -> ChatPrompt:
@@ -94,13 +95,15 @@ def prompt_of(service: Service, body: ChatRequest, *, check: bool = True) -> Cha
     check: refuse one that leaves no room for a reply.
     """
     budget, template_kwargs = _thinking(body)
+    messages, begun = _begun(body.messages)
     return chat_prompt(
         service.model,
         service.replies,
-        body.messages,
+        messages,
         body.tools,
-        thinking=False if budget == 0 else None,
+        thinking=False if budget == 0 or begun else None,
         template_kwargs=template_kwargs,
+        begun=begun,
         check=check,
     )
 
@@ -115,6 +118,14 @@ def _prepare(service: Service, body: ChatRequest) -> tuple[ChatPrompt, Reply]:
         max_tokens=wanted if wanted is not None else body.max_tokens,
         thinking_budget=_thinking(body)[0],
     )
+    if _begun(body.messages)[1]:
+        if body.response_format is not None:
+            raise ApiError(
+                400,
+                "response_format: not together with a message that is partial",
+                param="response_format",
+            )
+        params = replace(params, thinking_budget=0)
     top = None
     if body.top_logprobs is not None and not body.logprobs:
         raise ApiError(400, "top_logprobs needs logprobs: true", param="top_logprobs")
@@ -131,6 +142,31 @@ def _prepare(service: Service, body: ChatRequest) -> tuple[ChatPrompt, Reply]:
         top_logprobs=top,
     )
     return prompt, reply
+
+
+def _begun(messages: Any) -> tuple[Any, str]:
+    """The messages before one of the assistant's that is `partial`, and its text."""
+    last = messages[-1] if isinstance(messages, list) and messages else None
+    if not isinstance(last, Mapping) or last.get("partial") is not True:
+        return messages, ""
+    where = f"messages[{len(messages) - 1}]"
+    if last.get("role") != "assistant":
+        raise ApiError(
+            400, f"{where}.partial: only the assistant's message", param=f"{where}.partial"
+        )
+    if last.get("tool_calls"):
+        raise ApiError(
+            400,
+            f"{where}.tool_calls: not in a message that is partial",
+            param=f"{where}.tool_calls",
+        )
+    content, here = last.get("content"), f"{where}.content"
+    if isinstance(content, list):
+        parts = [text_part(part, f"{here}[{i}]", ["text"]) for i, part in enumerate(content)]
+        content = "".join(part["text"] for part in parts)
+    if content is not None and not isinstance(content, str):
+        raise ApiError(400, f"{here}: neither a string nor a list of parts", param=here)
+    return messages[:-1], content or ""
 
 
 def _thinking(body: ChatRequest) -> tuple[int | None, dict[str, Any]]:

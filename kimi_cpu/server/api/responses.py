@@ -11,6 +11,7 @@ from kimi_cpu.errors import UserError
 from kimi_cpu.server.api.blocks import Blocks, Closed, More, Opened
 from kimi_cpu.server.api.body import read_body
 from kimi_cpu.server.api.exchange import Exchange, in_own_words
+from kimi_cpu.server.api.logprobs import chat_entry
 from kimi_cpu.server.api.responses_schema import NAMES, ResponsesRequest, chat_request
 from kimi_cpu.server.api.usage import new_id, now, timings
 from kimi_cpu.server.errors import ApiError
@@ -28,7 +29,7 @@ async def create(request: Request) -> Response:
     earlier: tuple[dict[str, Any], ...] = ()
     if body.previous_response_id:
         earlier = _stored(service, body.previous_response_id, "previous_response_id").messages
-    chat, origins = chat_request(body, earlier)
+    chat, origins = chat_request(body, earlier, service.stored.find_item)
     try:
         exchange = await Exchange.begin(service, chat, "responses")
     except (ApiError, UserError) as error:
@@ -60,10 +61,11 @@ async def delete(request: Request) -> Response:
 def _stored(service: Service, response_id: str, param: str | None = None) -> Stored:
     found = service.stored.find(response_id)
     if found is None:
+        where = f"{param}: " if param else ""
         raise ApiError(
-            404,
-            f"there is no response {response_id[:80]!r}: they are kept in memory, the last ones "
-            "only, and not with store: false. Send the whole conversation as input.",
+            400 if param else 404,  # as OpenAI has it
+            f"{where}there is no response {response_id[:80]!r}: they are kept in memory, the last "
+            "ones only, and not with store: false. Send the whole conversation as input.",
             param=param,
             code="previous_response_not_found" if param else "not_found",
         )
@@ -88,6 +90,8 @@ class ResponseEvents:
         self._number = 0  # of the next event
         self._output: list[dict[str, Any]] = []
         self._item: dict[str, Any] = {}  # under way, the next of the output
+        self._logprobs: list[dict[str, Any]] = []  # of its tokens
+        self._n_shown = 0  # of these
         self.response: dict[str, Any] = {
             "id": new_id("resp").replace("-", "_"),
             "object": "response",
@@ -109,6 +113,7 @@ class ResponseEvents:
             "text": {"format": {"type": "text"}, **(body.text or {})},
             "tool_choice": "auto" if body.tool_choice is None else body.tool_choice,
             "tools": body.tools or [],
+            "top_logprobs": body.top_logprobs or 0,
             "top_p": body.top_p,
             "truncation": "disabled",
             "usage": None,
@@ -124,6 +129,7 @@ class ResponseEvents:
     def item(self, item: Item) -> list[dict[str, Any]]:
         """The events of what has happened."""
         if isinstance(item, Step):
+            self._note(item)
             changes = [change for event in item.events for change in self._blocks.push(event)]
             return self._changes(changes)
         if isinstance(item, Finished):
@@ -138,13 +144,22 @@ class ResponseEvents:
         self.response["output"] = self._output
         return [self._event("response.failed", response=self.response)]
 
+    def _note(self, step: Step) -> None:
+        """Log probabilities of a token of the text."""
+        sampled = step.sampled
+        if sampled is not None and sampled.part == "content":
+            tokenizer = self._exchange.service.model.tokenizer
+            self._logprobs.append(chat_entry(tokenizer, sampled))
+
     def _changes(self, changes: list[Opened | More | Closed]) -> list[dict[str, Any]]:
         events: list[dict[str, Any]] = []
         for change in changes:
             if isinstance(change, Opened):
                 events += self._open(change)
             elif isinstance(change, More):
-                events.append(self._of_text("delta", delta=change.text))
+                more = self._logprobs[self._n_shown :]
+                self._n_shown = len(self._logprobs)
+                events.append(self._of_text("delta", more, delta=change.text))
             else:
                 events += self._close(change)
         return events
@@ -160,18 +175,24 @@ class ResponseEvents:
             item |= {"id": new_id("msg"), "type": "message", "role": "assistant", "content": []}
         item["id"] = item["id"].replace("-", "_")
         self._item = item
+        if opened.kind != "text":
+            self._logprobs, self._n_shown = [], 0  # of blanks that are not shown
         added = self._of_item("response.output_item.added", item=dict(item))
-        return [added] if opened.call else [added, self._of_part("added", "")]
+        return [added] if opened.call else [added, self._of_part("added", "", [])]
 
     def _close(self, closed: Closed) -> list[dict[str, Any]]:
         item, text = self._item, closed.text
         item["status"] = "completed" if closed.complete else "incomplete"
         if item["type"] == "function_call":
             item["arguments"] = text
-            events = [self._of_text("done", arguments=text)]
+            events = [self._of_text("done", [], arguments=text)]
         else:
-            item["content"] = [_part(item, text)]
-            events = [self._of_text("done", text=text), self._of_part("done", text)]
+            logprobs: list[dict[str, Any]] = []
+            if item["type"] == "message":
+                logprobs, self._logprobs, self._n_shown = self._logprobs, [], 0
+            item["content"] = [_part(item, text, logprobs)]
+            events = [self._of_text("done", logprobs, text=text)]
+            events.append(self._of_part("done", text, logprobs))
         events.append(self._of_item("response.output_item.done", item=item))
         self._output.append(item)
         return events
@@ -201,18 +222,18 @@ class ResponseEvents:
             self._exchange.service.stored.keep(messages, response)
         return [*events, self._event(f"response.{response['status']}", response=response)]
 
-    def _of_text(self, what: str, **fields: Any) -> dict[str, Any]:
+    def _of_text(self, what: str, logprobs: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
         """An event of the text of an item: delta or done."""
         kind = self._item["type"]
         if kind == "function_call":
             return self._of_item(f"response.function_call_arguments.{what}", **fields)
         if kind == "reasoning":
             return self._of_item(f"response.reasoning_text.{what}", content_index=0, **fields)
-        fields |= {"content_index": 0, "logprobs": []}
+        fields |= {"content_index": 0, "logprobs": logprobs}
         return self._of_item(f"response.output_text.{what}", **fields)
 
-    def _of_part(self, what: str, text: str) -> dict[str, Any]:
-        part = _part(self._item, text)
+    def _of_part(self, what: str, text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+        part = _part(self._item, text, logprobs)
         return self._of_item(f"response.content_part.{what}", content_index=0, part=part)
 
     def _of_item(self, name: str, **fields: Any) -> dict[str, Any]:
@@ -243,7 +264,7 @@ def _written(events: list[dict[str, Any]]) -> bytes:
     return b"".join(named(event["type"], event) for event in events)
 
 
-def _part(item: dict[str, Any], text: str) -> dict[str, Any]:
+def _part(item: dict[str, Any], text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
     if item["type"] == "reasoning":
         return {"type": "reasoning_text", "text": text}
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}

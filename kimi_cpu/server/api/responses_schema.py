@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import msgspec
 
 from kimi_cpu.server.api.exchange import ChatRequest, text_part
+from kimi_cpu.server.api.logprobs import check_top
 from kimi_cpu.server.errors import ApiError
 
 #: Fields of `ChatRequest` -> what they are called here; for errors.
@@ -19,11 +20,13 @@ NAMES = {
     r"^reasoning_effort": "reasoning.effort",
     r"\.tool_call_id$": ".call_id",
 }
+#: Of `include`.
+LOGPROBS = "message.output_text.logprobs"
 _INPUT_TEXT = ["input_text", "output_text", "text", "refusal"]
 
 
 class ResponsesRequest(msgspec.Struct, kw_only=True):
-    """What this server understands; `include`, `truncation`, `user` and more are not looked at."""
+    """What this server understands; `truncation`, `user` and more are not looked at."""
 
     input: str | list[Any]
     instructions: str | None = None
@@ -35,6 +38,8 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     max_output_tokens: int | None = None
     temperature: float | None = None
     top_p: float | None = None
+    top_logprobs: int | None = None
+    include: list[str] | None = None
     metadata: dict[str, Any] | None = None
     stream: bool | None = None
     store: bool | None = None
@@ -43,13 +48,21 @@ class ResponsesRequest(msgspec.Struct, kw_only=True):
     conversation: Any = None
     prompt: Any = None
 
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether log probabilities are to be shown. Others that may be included are not there."""
+        return LOGPROBS in (self.include or ())
+
 
 def chat_request(
-    body: ResponsesRequest, earlier: Sequence[dict[str, Any]]
+    body: ResponsesRequest,
+    earlier: Sequence[dict[str, Any]],
+    find_item: Callable[[str], Mapping[str, Any] | None],
 ) -> tuple[ChatRequest, list[str]]:
     """The same request in OpenAI's older form, and the field here of each of its messages.
 
     earlier: the messages of the response that it goes on from.
+    find_item: an item of a response that was kept, by its id.
     Raises ApiError naming the field of what cannot be said in it.
     """
     for name in ("background", "conversation", "prompt"):
@@ -64,8 +77,10 @@ def chat_request(
         messages.add("input", {"role": "user", "content": body.input})
     else:
         for i, item in enumerate(body.input):
-            _item(item, f"input[{i}]", messages)
+            where = f"input[{i}]"
+            _item(_referenced(item, where, find_item), where, messages)
     reasoning = body.reasoning or {}
+    top = check_top(body.top_logprobs or 0, "top_logprobs")
     request = ChatRequest(
         messages=messages.done,
         tool_choice=_tool_choice(body.tool_choice),
@@ -73,6 +88,8 @@ def chat_request(
         max_tokens=body.max_output_tokens,
         temperature=body.temperature,
         top_p=body.top_p,
+        logprobs=body.wants_logprobs,
+        top_logprobs=top if body.wants_logprobs else None,
         reasoning_effort=reasoning.get("effort"),
         response_format=_format((body.text or {}).get("format")),
     )
@@ -130,14 +147,33 @@ def _item(item: Any, where: str, messages: _Messages) -> None:
             raise _wrong(f"{where}.call_id", "missing or not a string")
         output = _content(item.get("output"), f"{where}.output")
         messages.add(where, {"role": "tool", "tool_call_id": call_id, "content": output})
-    elif kind == "item_reference":
-        raise _wrong(where, "send the item itself, or use previous_response_id")
     else:
         raise _wrong(
             f"{where}.type" if kind else where,
             f"{str(kind)[:60]!r} is not supported here; use message, function_call, "
             "function_call_output or reasoning",
         )
+
+
+def _referenced(item: Any, where: str, find_item: Callable[[str], Mapping[str, Any] | None]) -> Any:
+    """The item, or the one that it refers to."""
+    if not isinstance(item, Mapping):
+        return item
+    if item.get("type") != "item_reference" and not ("type" not in item and set(item) == {"id"}):
+        return item
+    item_id = item.get("id")
+    if not isinstance(item_id, str):
+        raise _wrong(f"{where}.id", "missing or not a string")
+    found = find_item(item_id)
+    if found is None:
+        raise ApiError(
+            404,
+            f"{where}: there is no item {item_id[:80]!r}: those of the last responses are kept, in "
+            "memory, and not with store: false. Send the item itself.",
+            param=where,
+            code="not_found",
+        )
+    return found
 
 
 def _message(item: Mapping[str, Any], where: str, messages: _Messages) -> None:
