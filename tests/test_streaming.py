@@ -191,6 +191,22 @@ def test_experts_and_latents_never_exceed_their_memory(
         assert store.stats().ahead > 0 and most > 0.8 * budget.expert_bytes
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux what is mapped")
+def test_the_trunk_is_mapped_once(packed: Path, tmp_path: Path) -> None:
+    """A second map would count it twice as resident. What is read of it is all of it."""
+    folder = Path(shutil.copytree(packed, tmp_path / "model"))  # that no other engine has
+    with Engine.load(folder, memory=memory_for(folder, 8), io="direct") as engine:
+        trunk = engine.experts._trunk
+        assert trunk is not None
+        trunk.wait()
+        (file,) = folder.glob("trunk-*")
+        parts = Path("/proc/self/smaps").read_text().split("VmFlags")  # locking cuts the map
+        mapped = [
+            int(part.split("Rss:")[1].split()[0]) << 10 for part in parts if str(file) in part
+        ]
+        assert trunk.n_bytes <= sum(mapped) <= file.stat().st_size + mmap.PAGESIZE
+
+
 def test_memory_set_aside_for_latents(published: Path) -> None:
     """Experts neither get it nor lose their place to what is kept in it."""
     slots = TOP_K + 6

@@ -109,6 +109,10 @@ class Checkpoint(ABC):
             buffers: uint8 [length] of each of `expert_extents`, in its order.
         """
 
+    def mapped(self, path: Path) -> U8:
+        """A weight file as it is mapped here: a read-only view of all of it, uint8 [n]."""
+        return next(file.whole() for file in self._files if file.path == path)
+
     def check_files(self) -> None:
         """Raises CheckpointError if one of the files has become shorter since it was opened."""
         for file in self._files:

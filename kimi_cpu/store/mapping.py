@@ -55,6 +55,10 @@ class MappedFile:
             return np.empty(0, dtype=dtype)
         return np.frombuffer(self._open_map(), dtype=dtype, count=count, offset=offset)
 
+    def whole(self) -> npt.NDArray[np.uint8]:
+        """All of it as a read-only view, uint8 [size]."""
+        return self.view(np.uint8, self.size, 0)
+
     def check(self) -> None:
         """Raises CheckpointError if the file has become shorter: touching its views would kill us.
 

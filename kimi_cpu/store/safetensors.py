@@ -134,6 +134,10 @@ class SafetensorsFile(SafetensorsHeader):
         """Let go of the map. It stays mapped as long as views on it are alive."""
         self._file.close()
 
+    def whole(self) -> npt.NDArray[np.uint8]:
+        """As `MappedFile.whole`."""
+        return self._file.whole()
+
     def check(self) -> None:
         """As `MappedFile.check`."""
         self._file.check()

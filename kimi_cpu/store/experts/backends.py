@@ -18,7 +18,7 @@ import os
 import sys
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -122,11 +122,16 @@ class _Mapping(NamedTuple):
 
 
 class MappedBackend(Backend):
-    """Experts in the page cache, populated before they are touched."""
+    """Experts in the page cache, populated before they are touched.
+
+    Args:
+        mapped: gives a file that is mapped already, uint8 [n]; by default it is mapped here.
+    """
 
     io: Io = "mmap"
 
-    def __init__(self) -> None:
+    def __init__(self, mapped: Callable[[Path], U8] | None = None) -> None:
+        self._mapped = mapped or _map
         self._files: dict[Path, _Mapping] = {}
         self._populates = system.IS_LINUX
         self._scratch = threading.local()
@@ -184,13 +189,19 @@ class MappedBackend(Backend):
         if file is None:
             try:
                 opened = _Descriptor(os.open(path, _READ))
-                mapped = mmap.mmap(opened.fd, 0, access=mmap.ACCESS_READ)
+                view = self._mapped(path)
             except (OSError, ValueError) as exc:
                 raise gone(path, getattr(exc, "strerror", None) or str(exc)) from None
-            view = np.frombuffer(mapped, dtype=np.uint8)
             file = self._files[path] = _Mapping(opened, view, view.ctypes.data)
-            system.no_readahead(file.address, view.nbytes)
         return file
+
+
+def _map(path: Path) -> U8:
+    """A file as memory whose pages come one by one, uint8 [n]. OSError, ValueError."""
+    with path.open("rb") as file:
+        view = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+    system.no_readahead(view.ctypes.data, view.nbytes)
+    return view
 
 
 class DirectBackend(Backend):

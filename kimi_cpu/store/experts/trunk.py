@@ -15,9 +15,9 @@ from kimi_cpu.store.extents import Extent, merged
 class ResidentTrunk:
     """Brings the trunk into the page cache in the background, and keeps it there.
 
-    The kernels read it through the checkpoint's own maps; locking pages in another map of the same
-    file keeps them for all. Where locking is not allowed the pages stay as long as the system
-    likes, which the budget makes likely.
+    It is populated, and locked, in the checkpoint's own maps, through which the kernels read it: in
+    a second map of the same files its pages would be counted twice as resident. Where locking is
+    not allowed they stay as long as the system likes, which the budget makes likely.
 
     Attributes:
         n_bytes: of the trunk without the embedding, of which a token reads one row.
@@ -28,7 +28,7 @@ class ResidentTrunk:
         self._extents = trunk_extents(checkpoint)
         self.n_bytes = sum(extent.length for extent in self._extents)
         self.locked_bytes = 0
-        self._files = MappedBackend()  # as long as its maps live, so do the locks
+        self._files = MappedBackend(checkpoint.mapped)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._work, name="kimi-cpu-trunk", daemon=True)
         self._thread.start()
@@ -38,7 +38,7 @@ class ResidentTrunk:
         self._thread.join()
 
     def close(self) -> None:
-        """Stop reading, and unlock."""
+        """Stop reading. Locks end with the checkpoint's maps."""
         self._stop.set()
         self._thread.join()
         self._files.close()
