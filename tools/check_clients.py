@@ -1,6 +1,7 @@
 """Tries programs that are too large for the test environment against the server.
 
-    python -m tools.check_clients --kimi-cli BIN/kimi --litellm BIN/python --lm-eval BIN/lm_eval
+    python -m tools.check_clients --kimi-code BIN/kimi --kimi-cli BIN/kimi --litellm BIN/python \
+        --lm-eval BIN/lm_eval
 
 Each is given by its program in a virtual environment of its own, see docs/clients.md; what is not
 given is not tried. Nothing leaves this machine: the server is in this process, the model is the
@@ -45,15 +46,40 @@ def run(command: list[str], folder: Path, **environment: str) -> str:
 
 def reads_a_file(prompt: str) -> str:
     """A model that reads a file for its user and says what is in it."""
+    tool = "ReadFile" if '"name":"ReadFile"' in prompt else "Read"
     task = re.findall(r"Read the file (\S+) ", prompt)
     results = re.findall(r"## Return of (.*?)<\|im_end\|>", prompt, re.S)
     think = "" if prompt.endswith("</think>") else "<think>I look into it.</think>"
     if not task:
         return think + "What shall I read?"
     if not results:
-        return think + call("ReadFile", json.dumps({"path": task[-1]}))
+        return think + call(tool, json.dumps({"path": task[-1]}))
     word = re.search(r"the word is (\w+)", results[-1])
     return think + f"The word is {word[1] if word else 'not there'}."
+
+
+def check_kimi_code(program: str, folder: Path) -> str:
+    """kimi-code (npm) reads a file with its own tool, and computes no prompt twice."""
+    # Its first line asks env for node, 22.19 or newer: beside it, or on the path.
+    path = os.pathsep.join([str(Path(program).parent), os.environ["PATH"]])
+    environment = {"PATH": path, "KIMI_CODE_HOME": str(folder), "KIMI_CODE_NO_AUTO_UPDATE": "1"}
+    version = run([program, "--version"], folder, **environment).split()[-1]
+    with serving(lambda: scripted_model(folder / "model", reads_a_file, context=400_000)) as live:
+        (folder / "notes.txt").write_text(f"In this file the word is {SECRET}.\n")
+        (folder / "config.toml").write_text(
+            'default_model = "local"\ntelemetry = false\n'
+            f'[providers.local]\ntype = "kimi"\nbase_url = "{live.url}/v1"\napi_key = "none"\n'
+            '[models.local]\nprovider = "local"\nmodel = "kimi"\nmax_context_size = 262144\n'
+            'capabilities = ["thinking", "tool_use"]\n'
+        )
+        task = f"Read the file {folder / 'notes.txt'} and tell me the word."
+        output = run([program, "-p", task], folder, **environment)
+        assert f"The word is {SECRET}" in output, output
+        prompts, cached = (
+            _metric(live, f"kimi_cpu_{n}_tokens_total") for n in ("prompt", "cached")
+        )
+        assert cached > 0.45 * prompts, f"{cached} of {prompts} tokens were known\n{output}"
+    return version
 
 
 def check_kimi_cli(program: str, folder: Path) -> str:
@@ -217,7 +243,10 @@ def _metric(live: Live, name: str) -> float:
     return sum(float(m) for m in re.findall(rf"^{name}\S* (\S+)$", text, re.M))
 
 
-CHECKS = {"kimi_cli": check_kimi_cli, "litellm": check_litellm, "lm_eval": check_lm_eval}
+CHECKS = {
+    "kimi_code": check_kimi_code, "kimi_cli": check_kimi_cli, "litellm": check_litellm,
+    "lm_eval": check_lm_eval,
+}  # fmt: skip
 
 
 def main() -> int:
