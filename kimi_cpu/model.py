@@ -278,17 +278,17 @@ class Model:
         """
         k, x = self.kernels, inputs.x  # [T, D]
         for i, layer in enumerate(self.layers):
-            mlp = layer.mlp
+            mlp, done = layer.mlp, i + 1
+            # After the last attention no token needs another: only those asked for go on.
+            wanted = slice(None) if all_logits or done < len(self.layers) else slice(-1, None)
             if isinstance(mlp, MoEWeights):
-                self._look_ahead(mlp, layer.post_attention_layernorm, x)
+                self._look_ahead(mlp, layer.post_attention_layernorm, x[wanted])
             h = self._rmsnorm(x, layer.input_layernorm)
-            x = k.add(x, self._attention(i, h, inputs))
+            x = k.add(x, self._attention(i, h, inputs))[wanted]
             h = self._rmsnorm(x, layer.post_attention_layernorm)
             x = k.add(x, self._moe(mlp, h) if isinstance(mlp, MoEWeights) else self._mlp(mlp, h))
             if progress is not None:
-                progress(i + 1, len(self.layers))
-        if not all_logits:
-            x = x[-1:]
+                progress(done, len(self.layers))
         return self._linear(self._rmsnorm(x, self.norm), self.lm_head)
 
     def _can_replay(self, timelines: int) -> bool:

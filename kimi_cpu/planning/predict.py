@@ -141,14 +141,15 @@ def _prompt(shape: Shape, machine: Machine, share: float, tokens: int) -> tuple[
     disk_s = compute_s = 0.0
     for begin in range(0, tokens, SWEEP_TOKENS):
         n = min(SWEEP_TOKENS, tokens - begin)
-        if shape.n_moe_layers:
+        # All tokens pass the experts of all layers but the last, the last token those of all.
+        for layers, passing in ((shape.n_moe_layers - 1, n), (1, 1)) if shape.n_moe_layers else ():
             # Even routing touches the most; from some 128 tokens on it is nearly all of them.
-            touched = 1 - (1 - shape.top_k / shape.n_experts) ** n
-            missing = touched * shape.all_experts * (1 - share)
+            touched = 1 - (1 - shape.top_k / shape.n_experts) ** passing
+            missing = touched * layers * shape.n_experts * (1 - share)
             if missing >= 0.5:
                 disk_s += missing * shape.expert_bytes / _disk(machine)
-            each = n * shape.top_k / (touched * shape.n_experts)
-            operations = n * shape.top_k * shape.n_moe_layers * shape.expert_ops
+            each = passing * shape.top_k / (touched * shape.n_experts)
+            operations = passing * shape.top_k * layers * shape.expert_ops
             compute_s += operations / machine.gemm_rate(shape.expert_kind, each)
         for kind, operations in shape.trunk_ops.items():
             compute_s += n * operations / machine.gemm_rate(kind, n)

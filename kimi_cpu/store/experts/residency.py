@@ -254,11 +254,12 @@ class ExpertStore:
         with self._pass_lock:
             if self.bounded and latent_bytes != self._latent_bytes:
                 self._make_room(latent_bytes)
+            self._routes = [None] * len(self._layers)
             yield
             self._tokens += n_tokens
             self.policy.tick(n_tokens)
             if self._recorder is not None:
-                self._record(self._recorder, n_tokens)
+                self._record(self._recorder)
             if self._lookahead and not self.looks_ahead[0] and self._tokens >= self._retry_at:
                 self._useful.clear()
                 self.looks_ahead[0] = 1
@@ -524,13 +525,14 @@ class ExpertStore:
             self.looks_ahead[0] = 0
             self._retry_at = self._tokens + _RETRY_TOKENS
 
-    def _record(self, recorder: Recorder, n_tokens: int) -> None:
-        if n_tokens == 1:
-            recorder.tokens(self.chosen[None])
-            return
-        routes = [ids for ids in self._routes if ids is not None]
-        if len(routes) == len(self._routes):
-            recorder.tokens(np.stack(routes, axis=1))
+    def _record(self, recorder: Recorder) -> None:
+        """Write down the tokens that passed all layers: of a prompt that is the last one."""
+        routes = [
+            one[None] if several is None else several
+            for one, several in zip(self.chosen, self._routes, strict=True)
+        ]
+        through = min(map(len, routes))
+        recorder.tokens(np.stack([ids[-through:] for ids in routes], axis=1))
 
     @property
     def _window(self) -> int:

@@ -125,6 +125,7 @@ class Recorder:
 
     The first line has `version`, `layers` (the numbers of those with experts), `n_experts` and
     `top_k`; each other one is a token: a list of K ids for each layer, in the router's order.
+    Of a prompt that is its last token: the others need no experts of the last layer.
     """
 
     def __init__(self, path: Path, layers: list[int], n_experts: int, top_k: int) -> None:
