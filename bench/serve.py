@@ -1,11 +1,11 @@
 """Measure the server over HTTP: first tokens, clients together, mixed load with disconnects.
 
     python -m bench.serve                        # the nano model
-    python -m bench.serve -m FOLDER --seconds 600
+    python -m bench.serve -m FOLDER --parts first together -- --threads 2
 
-It starts `kimi-cpu serve` itself. Prompts are token ids, to /v1/completions; the model needs a
-tokenizer all the same. The exit code is 1 if there were errors or leaks, or if any answer differs
-from that to a single client.
+It starts `kimi-cpu serve` itself, with the options after `--`. Prompts are token ids, to
+/v1/completions; the model needs a tokenizer all the same. The exit code is 1 if there were errors
+or leaks, or if any answer differs from that to a single client.
 """
 
 from __future__ import annotations
@@ -25,9 +25,13 @@ from pathlib import Path
 import httpx
 
 from kimi_cpu.cli.common import embedded_model
+from kimi_cpu.planning.shape import shape_of_checkpoint
+from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.tokenizer import Tokenizer
 
 REPLY = 256
+CLIENTS = (1, 4, 8)
+PARTS = ("first", "together", "mixed")
 
 
 class Server:
@@ -76,7 +80,21 @@ async def first_token(client: httpx.AsyncClient, ids: list[int], what: str) -> N
           f"{cached:,} of {len(ids):,} known", flush=True)  # fmt: skip
 
 
-async def together(client: httpx.AsyncClient, make, n: int, control: list[int]) -> None:
+def limits(source: Path) -> None:
+    """What memory allows: a step reads the trunk once, and each chosen expert once."""
+    checkpoint = Checkpoint.open(source)
+    shape = shape_of_checkpoint(checkpoint)
+    checkpoint.close()
+    share = shape.top_k / shape.n_experts
+    experts = shape.n_moe_layers * shape.n_experts * shape.expert_bytes
+    n_bytes = [shape.trunk_bytes + experts * (1 - (1 - share) ** n) for n in CLIENTS]
+    for n, step in zip(CLIENTS, n_bytes, strict=True):
+        print(f"{n} clients: {step / 1e6:,.0f} MB a step if they choose evenly, so memory allows "
+              f"{n * n_bytes[0] / step:.2f} times one")  # fmt: skip
+
+
+async def together(client: httpx.AsyncClient, make, n: int, control: list[int]) -> float:
+    """Tokens a second of n clients, all of them."""
     never_end = {str(token): -100 for token in control}
     prompts = [make(32) for _ in range(n)]
     await asyncio.gather(*(complete(client, ids, 1) for ids in prompts))
@@ -85,7 +103,7 @@ async def together(client: httpx.AsyncClient, make, n: int, control: list[int]) 
         *(complete(client, ids, REPLY, logit_bias=never_end) for ids in prompts)
     )
     tokens = sum(answer["usage"]["completion_tokens"] for answer in answers)
-    print(f"{n} clients: {tokens / (time.perf_counter() - begun):.1f} tokens/s ({tokens} tokens)")
+    return tokens / (time.perf_counter() - begun)
 
 
 async def mixed(server: Server, client: httpx.AsyncClient, make, seconds: float) -> bool:
@@ -127,7 +145,7 @@ async def mixed(server: Server, client: httpx.AsyncClient, make, seconds: float)
 
 
 async def measure(args: argparse.Namespace, folder: str) -> bool:
-    options = [*(["-m", args.model] if args.model else []), "--cache-dir", folder]
+    options = [*(["-m", args.model] if args.model else []), "--cache-dir", folder, *args.options]
     rng = random.Random(0)
     source = Path(args.model) if args.model else embedded_model()
     control = list(Tokenizer.load(source).special_tokens.values())
@@ -136,28 +154,39 @@ async def measure(args: argparse.Namespace, folder: str) -> bool:
         return [rng.randrange(1000) for _ in range(n)]
 
     prompt = make(args.prompt)
-    for what in ("cold", "after a restart"):
+    for what in ("cold", "after a restart") if "first" in args.parts else ("at once",):
         server = Server(options)
         async with httpx.AsyncClient(base_url=server.url, timeout=1800) as client:
             try:
                 await complete(client, [1, 2, 3], 4)
-                await first_token(client, prompt, what)
+                if "first" in args.parts:
+                    await first_token(client, prompt, what)
                 if what == "cold":
                     await first_token(client, prompt, "warm")
                     continue
-                for n in (1, 4, 8):
-                    await together(client, make, n, control)
-                return await mixed(server, client, make, args.seconds)
+                if "together" in args.parts:
+                    limits(source)
+                    await complete(client, make(1000), 1)  # brings the experts into memory
+                    one = None
+                    for n in CLIENTS:
+                        rate = await together(client, make, n, control)
+                        one = one or rate
+                        print(f"{n} clients: {rate:.1f} tokens/s, {rate / one:.2f} times one",
+                              flush=True)  # fmt: skip
+                if "mixed" in args.parts:
+                    return await mixed(server, client, make, args.seconds)
             finally:
                 server.stop()
-    return False
+    return True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("-m", "--model", help="folder of a model; default: nano")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--prompt", type=int, default=4000, help="tokens of the long prompt")
     parser.add_argument("--seconds", type=float, default=600, help="of mixed load")
+    parser.add_argument("options", nargs="*", help="after --: options of kimi-cpu serve")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         raise SystemExit(0 if asyncio.run(measure(args, folder)) else 1)

@@ -8,8 +8,9 @@ and compiling it must cost little whatever the schema. So this module
 - refuses what llguidance cannot enforce, by name, and drops what asserts nothing (`title`,
   `x-...`, unknown formats: by JSON Schema 2020-12 these never make a value invalid);
 - rewrites what it can say otherwise: `$ref`s within oneOf are resolved, so that options with
-  different tags are seen to be disjoint; `propertyNames` of an enum becomes `properties`; bounds
-  and literals that a double cannot hold exactly are rounded inwards or refused.
+  different tags are seen to be disjoint; `propertyNames` of an enum becomes `properties`; lengths
+  become part of a pattern that counts anyway; bounds and literals that a double cannot hold
+  exactly are rounded inwards or refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
-from kimi_cpu.chat.grammar.patterns import adapted
+from kimi_cpu.chat.grammar.patterns import adapted, with_lengths
 from kimi_cpu.errors import UserError
 
 #: Bounds of one schema. Real ones of tools have 1-20 KB, depth below 20 and a few hundred nodes.
@@ -161,6 +162,7 @@ class _Preparation:
                 self._keyword(key, value, here, result)
         self._numbers(result, where)
         self._properties(result, where)
+        _merge_lengths(result)
         if len(result.keys() - {"$defs", "definitions"}) > 1 or len(result.get("allOf", ())) > 1:
             self._check_met(schema, where)
         return result
@@ -444,6 +446,17 @@ def _check_text(text: Any, where: str, *, literal: bool) -> None:
         raise GrammarError(where, "a string holds half of a surrogate pair")
     if literal and re.search(r"[\x00-\x07\x0b\x0e-\x1f\x7f]", text):
         raise GrammarError(where, "a string holds a control character")
+
+
+def _merge_lengths(result: dict[str, Any]) -> None:
+    """Lengths beside a pattern of one kind of character become part of it."""
+    low, high = result.get("minLength", 0), result.get("maxLength")
+    if "pattern" in result and (low or high is not None):
+        merged = with_lengths(result["pattern"], low, high)
+        if merged is not None:
+            result["pattern"] = merged
+            result.pop("minLength", None)
+            result.pop("maxLength", None)
 
 
 def _pattern(pattern: Any, where: str) -> str:
