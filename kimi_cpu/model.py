@@ -35,7 +35,7 @@ import numpy.typing as npt
 from kimi_cpu.attention_form import Bools, FormRule
 from kimi_cpu.config import LATENT_NORM_EPS
 from kimi_cpu.errors import CheckpointError
-from kimi_cpu.kernels.common import FEW_TOKENS, I32, I64, ExpertTable, Precision
+from kimi_cpu.kernels.common import FEW_TOKENS, I32, I64, ExpertTable, Latents, Precision
 from kimi_cpu.kv_cache import BlockPool, LatentCache
 from kimi_cpu.quant import F32, U16, Weight, as_f32, rows_of
 from kimi_cpu.store.checkpoint import Checkpoint
@@ -59,6 +59,8 @@ _FIRST_ROWS = 4096
 Ids = npt.NDArray[np.int64]
 #: Called after each layer of a pass with (layers done, layers in all).
 LayerProgress = Callable[[int, int], None]
+#: Called with (a run of tokens, first head, end of heads).
+Queries = Callable[[slice, int, int], tuple[F32, F32]]
 Norm = U16 | F32
 
 
@@ -331,7 +333,6 @@ class Model:
         """
         w, c, k = self.layers[layer].self_attn, self.config, self.kernels
         cos, sin, tokens = inputs.cos, inputs.sin, x.shape[0]
-        heads, n_dim = c.num_attention_heads, c.qk_nope_head_dim
 
         if w.q_proj is not None:
             q_input, q_weight = x, w.q_proj
@@ -351,39 +352,50 @@ class Model:
             """q_nope [t, h, N] and q_pe [t, h, P] of a run of t tokens in heads first .. last-1."""
             rows = rows_of(q_weight, first * c.qk_head_dim, last * c.qk_head_dim)
             q = self._linear(q_input[run], rows).reshape(-1, last - first, c.qk_head_dim)
-            q_nope, q_pe = k.split(q, n_dim)
+            q_nope, q_pe = k.split(q, c.qk_nope_head_dim)
             return q_nope, k.rope(q_pe, cos[run], sin[run])
 
-        def absorbed(run: slice) -> F32:
-            """[t, H, V] of a run of tokens, or of one token of each timeline."""
-            q_nope, q_pe = queries(run, 0, heads)
-            q_latent = k.absorb_q(q_nope, w.kv_b_proj, self.threads)  # [t, H, R]
-            here = latents.later(run.start) if run.start else latents
-            o_latent = k.mla_decode(q_latent, q_pe, here, c.softmax_scale, self.threads)
-            o: F32 = k.absorb_v(o_latent, w.kv_b_proj, c.v_head_dim, self.threads)
-            return o
-
-        if inputs.absorbed == (slice(0, tokens),):
-            o = absorbed(inputs.absorbed[0])
+        if inputs.absorbed == (slice(0, tokens),):  # may be recorded: kernels only
+            o = self._absorbed(w.kv_b_proj, inputs.absorbed[0], queries, latents)
         else:
-            o = np.empty((tokens, heads, c.v_head_dim), dtype=np.float32)
+            o = np.empty((tokens, c.num_attention_heads, c.v_head_dim), dtype=np.float32)
             for run in inputs.absorbed:
-                o[run] = absorbed(run)
-        if inputs.expanded:
-            start, head_rows = int(inputs.starts[0]), n_dim + c.v_head_dim
-            end = start + inputs.expanded[-1].stop
-            all_c_kv, all_k_pe = latents.gather(0, end)  # [S, R], [S, P]
-            for first in range(0, heads, HEADS_AT_ONCE):  # bounds the memory of keys and values
-                last = min(first + HEADS_AT_ONCE, heads)
-                rows = rows_of(w.kv_b_proj, first * head_rows, last * head_rows)
-                kv = self._linear(all_c_kv, rows)  # [S, h (N + V)]
-                kv = kv.reshape(end, last - first, head_rows)
-                for run in inputs.expanded:
-                    q_nope, q_pe = queries(run, first, last)
-                    o[run, first:last] = k.mla_prefill(
-                        q_nope, q_pe, kv, all_k_pe, start + run.start, c.softmax_scale, self.threads
-                    )
-        return self._linear(o.reshape(tokens, heads * c.v_head_dim), w.o_proj)
+                o[run] = self._absorbed(w.kv_b_proj, run, queries, latents)
+            if inputs.expanded:
+                self._expanded(w.kv_b_proj, inputs.expanded, queries, latents, o)
+        return self._linear(o.reshape(tokens, c.num_attention_heads * c.v_head_dim), w.o_proj)
+
+    def _absorbed(self, kv_b: Weight, run: slice, queries: Queries, latents: Latents) -> F32:
+        """Attention of a run of t tokens, or of one of each timeline, to latents; [t, H, V]."""
+        c, k = self.config, self.kernels
+        q_nope, q_pe = queries(run, 0, c.num_attention_heads)
+        q_latent = k.absorb_q(q_nope, kv_b, self.threads)  # [t, H, R]
+        here = latents.later(run.start) if run.start else latents
+        o_latent = k.mla_decode(q_latent, q_pe, here, c.softmax_scale, self.threads)  # [t, H, R]
+        o: F32 = k.absorb_v(o_latent, kv_b, c.v_head_dim, self.threads)
+        return o
+
+    def _expanded(
+        self, kv_b: Weight, runs: Sequence[slice], queries: Queries, latents: Latents, o: F32
+    ) -> None:
+        """Attention of runs of tokens to the keys and values of all cached ones, into o [T, H, V].
+
+        S: tokens up to the end of the last run.
+        """
+        c, k = self.config, self.kernels
+        heads, head_rows = c.num_attention_heads, c.qk_nope_head_dim + c.v_head_dim
+        start = int(latents.starts[0])
+        end = start + runs[-1].stop
+        c_kv, k_pe = latents.gather(0, end)  # [S, R], [S, P]
+        for first in range(0, heads, HEADS_AT_ONCE):  # bounds the memory of keys and values
+            last = min(first + HEADS_AT_ONCE, heads)
+            kv = self._linear(c_kv, rows_of(kv_b, first * head_rows, last * head_rows))
+            kv = kv.reshape(end, last - first, head_rows)  # [S, h, N + V]
+            for run in runs:
+                q_nope, q_pe = queries(run, first, last)
+                o[run, first:last] = k.mla_prefill(
+                    q_nope, q_pe, kv, k_pe, start + run.start, c.softmax_scale, self.threads
+                )
 
     def _look_ahead(self, w: MoEWeights, norm: Norm, x: F32) -> None:
         """Have experts read that will probably be chosen, while the attention is computed.
