@@ -170,13 +170,18 @@ def test_known_beginnings(engine: Engine, tmp_path: Path, kind: str) -> None:
     wanted = [alone(engine, prompt) for prompt in prompts]
     for run in range(2):
         cache = PrefixCache(engine, size, folder=tmp_path, folder_bytes=size)
+        kept: set[int] = set()
         order = np.random.default_rng(run).permutation(2 * len(prompts)) % len(prompts)
         found = 0
         for i in order.tolist():
             session = cache.take(prompts[i])
             found += len(session)
+            assert (session.snapshot().logits is not None) == (i in kept)
             logits = session.sync(prompts[i])
             same(logits, wanted[i])
+            if i % 2:
+                cache.keep_logits(session)
+                kept.add(i)
             reply(session, logits, i % 3)
             cache.give_back(session)
         assert found > n  # else nothing was tried

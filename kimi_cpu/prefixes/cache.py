@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Sequence
 from pathlib import Path
 from weakref import WeakKeyDictionary
@@ -17,9 +19,12 @@ from kimi_cpu.prefixes.blockfile import BlockName
 from kimi_cpu.prefixes.disk import BlockStore
 from kimi_cpu.prefixes.identity import model_key
 from kimi_cpu.prefixes.tree import Node, Tree, common_length
+from kimi_cpu.quant import F32
 
 #: Fewer tokens than this are computed faster than their block is read.
 WORTH_READING = 16
+#: Prompts whose last logits are kept, 0.65 MB each for Kimi K2.
+KEPT_LOGITS = 16
 
 
 class PrefixCache:
@@ -48,13 +53,16 @@ class PrefixCache:
         self._disk = None if folder is None else BlockStore(folder, key, folder_bytes)
         self._block_bytes = BlockPool(engine.config).block_bytes
         self._taken: WeakKeyDictionary[Session, Node] = WeakKeyDictionary()
+        self._logits: OrderedDict[bytes, F32] = OrderedDict()  # by the digest of a prompt's keys
         self._request = 0
         self._lock = threading.RLock()
 
     @property
     def nbytes(self) -> int:
         """Bytes of memory that are kept."""
-        return self._tree.n_blocks * self._block_bytes
+        with self._lock:
+            logits = sum(row.nbytes for row in self._logits.values())
+        return self._tree.n_blocks * self._block_bytes + logits
 
     @property
     def disk_nbytes(self) -> int:
@@ -72,7 +80,7 @@ class PrefixCache:
         """A new session that begins with the longest known prefix of `ids`.
 
         It shares the latents; nothing is taken away from anybody. Ids outside the vocabulary are
-        known to nobody.
+        known to nobody. Of a prompt that `keep_logits` has seen nothing is left to compute.
         """
         tokens = np.array(ids, dtype=np.int64)
         out_of_range = np.flatnonzero((tokens < 0) | (tokens >= self._engine.config.vocab_size))
@@ -90,7 +98,8 @@ class PrefixCache:
             blocks = [each.block for each in node.path() if each.block is not None]
             snapshot.cache.consist_of(blocks, length)
             known = tuple(keys[:length].tolist())
-            session.restore(SessionSnapshot(known, snapshot.cache, None))
+            logits = self._logits.get(_digest(keys)) if length == len(ids) else None
+            session.restore(SessionSnapshot(known, snapshot.cache, logits))
             self._tree.touch(node, self._request)
             self._taken[session] = node
             self._make_room(node)
@@ -109,6 +118,21 @@ class PrefixCache:
             del snapshot
             self._make_room(node)
 
+    def keep_logits(self, session: Session) -> None:
+        """Whoever comes with a session's timeline as a prompt shall not compute its last token.
+
+        That is more than the time of a token where attention is expanded (`attention_form`).
+        """
+        snapshot = session.snapshot()
+        if snapshot.logits is None:
+            return
+        with self._lock:
+            digest = _digest(np.array(snapshot.keys, dtype=np.int32))
+            self._logits[digest] = snapshot.logits
+            self._logits.move_to_end(digest)
+            while len(self._logits) > KEPT_LOGITS:
+                self._logits.popitem(last=False)
+
     def give_back(self, session: Session) -> None:
         """Keep what a session has computed; it should not be used afterwards."""
         with self._lock:
@@ -125,6 +149,7 @@ class PrefixCache:
     def clear(self) -> None:
         """Forget what is in memory."""
         with self._lock:
+            self._logits.clear()
             for node in reversed(list(self._tree.nodes())):
                 self._tree.remove(node)
 
@@ -240,3 +265,7 @@ class PrefixCache:
                 else:
                     self._disk.save(node.name, node.tokens, node.block)
             self._tree.remove(node)
+
+
+def _digest(keys: I32) -> bytes:
+    return hashlib.blake2b(keys.tobytes(), digest_size=16).digest()

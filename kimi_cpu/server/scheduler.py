@@ -200,6 +200,8 @@ class Scheduler:
             job.done_tokens = done_before + end - begin
             if end < len(prompt):
                 return False
+            if job.score_top is None:
+                self._prefixes.keep_logits(session)
             if job.score_top is not None:
                 job.give(Scored(job.scores))
                 logits = logits.copy()  # not all of the slice's
