@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import logging
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 API_KEY = "KIMI_CPU_API_KEY"
 #: What may lie in --cache-dir unless --cache-bytes says: 120,000 tokens of Kimi K2.
 CACHE_BYTES = 16 << 30
+#: At the end, how long nothing is said, and how long a layer may take that reads its experts from a
+#: slow disk: only between two does the inference thread see that it should end.
+_SOON_S = 0.7
+_LAYER_S = 10.0
 
 
 @click.command(
@@ -198,6 +203,7 @@ def _listen(host: str, port: int) -> socket.socket:
 def _log_to_stderr() -> None:
     """One line for each reply, and what goes wrong; never the text of a prompt."""
     handler = logging.StreamHandler()
+    handler.addFilter(lambda record: not _is_cancelled(record))
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
     for name, level in (("kimi_cpu.server", logging.INFO), ("uvicorn.error", logging.ERROR)):
         logger = logging.getLogger(name)
@@ -206,10 +212,21 @@ def _log_to_stderr() -> None:
         logger.setLevel(level)
 
 
+def _is_cancelled(record: logging.LogRecord) -> bool:
+    """Whether it is the traceback of a request that the end of the server has cut off."""
+    return record.exc_info is not None and isinstance(record.exc_info[1], asyncio.CancelledError)
+
+
 def _end(worker: Worker, save_s: float) -> None:
     worker.abort()
     try:
-        ended = worker.join(save_s + 1.0)
+        ended = worker.join(_SOON_S)
+        if not ended and worker.state != "loading":
+            if worker.state == "saving":
+                note(f"Saving what was computed, {save_s:.0f} s at most; Ctrl-C leaves at once.")
+            ended = worker.join(_LAYER_S + save_s)
+            if not ended:
+                note("The inference thread did not end in time.")
     except KeyboardInterrupt:  # who cannot wait for what is being saved
         ended = False
     if not ended:

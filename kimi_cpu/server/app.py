@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator
 
 from starlette.applications import Starlette
@@ -34,8 +33,6 @@ from kimi_cpu.server.settings import Settings
 from kimi_cpu.server.sse import ClientLeft, as_api_error
 from kimi_cpu.server.worker import Worker
 
-log = logging.getLogger(__name__)
-
 ROUTES = [
     Route("/v1/chat/completions", chat.chat_completions, methods=["POST"]),
     Route("/v1/messages", anthropic.messages, methods=["POST"]),
@@ -58,12 +55,11 @@ ROUTES = [
 ]
 _PATHS = frozenset(route.path for route in ROUTES)
 
-#: After the deadline of a shutdown, how long native code is waited for.
-JOIN_S = 5.0
-
 
 def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
-    """The ASGI application. It starts the worker, and ends it when the server stops.
+    """The ASGI application. It starts the worker, and tells it to end when the server stops.
+
+    To wait for that (`Worker.join`) is left to whoever runs it.
 
     Raises UsageError if `settings.log_prompts` cannot be written.
     """
@@ -77,8 +73,6 @@ def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
             yield
         finally:
             worker.abort()
-            if not worker.join(JOIN_S):
-                log.warning("the inference thread did not end in time")
             service.close()
 
     def count(path: str, code: int) -> None:

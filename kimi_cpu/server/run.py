@@ -59,7 +59,7 @@ class Connection(H11Protocol):
 
 class Running(uvicorn.Server):
     """The HTTP server. Told to stop, it lets replies go on until the deadline; told again, it ends
-    them."""
+    them. `run` returns in any case: what has been computed is not saved yet."""
 
     def __init__(self, worker: Worker, app: Starlette, settings: Settings) -> None:
         super().__init__(
@@ -80,11 +80,14 @@ class Running(uvicorn.Server):
         self._told_again = False
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self.should_exit and not self._told_again:
+        # Not uvicorn's own, which sends the process the same signal once more at the end.
+        if not self.should_exit:
+            self.should_exit = True
+        elif not self._told_again:
             self._told_again = True
             self._worker.abort()
         else:
-            super().handle_exit(sig, frame)
+            self.force_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._worker.begin_stop()

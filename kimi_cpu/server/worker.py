@@ -19,7 +19,7 @@ from kimi_cpu.server.settings import ServedModel, Settings
 
 log = logging.getLogger(__name__)
 
-State = Literal["loading", "ready", "failed", "stopping", "stopped"]
+State = Literal["loading", "ready", "failed", "stopping", "saving", "stopped"]
 #: Loads the model; called in the inference thread. It reports what it is doing in a word or two.
 Load = Callable[[Callable[[str], None]], ServedModel]
 
@@ -148,6 +148,7 @@ class Worker:
         try:
             self._serve(scheduler, prefixes)
         finally:
+            self._become("saving")
             prefixes.close(self._settings.save_s)
             model.engine.close()
             self._become("stopped")

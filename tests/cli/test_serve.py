@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,8 +14,9 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,15 +26,16 @@ pytest.importorskip("uvicorn")
 from kimi_cpu.cli.main import main
 from kimi_cpu.store.experts.simulation import read_trace
 
+MODULE = ("-m", "kimi_cpu", "serve", "--port", "0")
 ROOT = Path(__file__).resolve().parents[2]
 
 
 class Server:
     """A process; `lines` is what it has written to stderr."""
 
-    def __init__(self, *args: str, **env: str) -> None:
+    def __init__(self, *args: str, program: Sequence[str] = MODULE, **env: str) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "kimi_cpu", "serve", "--port", "0", *args],
+            [sys.executable, *program, *args],
             stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT,
             env=os.environ | env,
         )  # fmt: skip
@@ -44,6 +47,9 @@ class Server:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line)
+
+    def text(self) -> str:
+        return "".join(self.lines)
 
     def url(self) -> str:
         """Wait until it is ready."""
@@ -69,8 +75,8 @@ class Server:
 def start() -> Iterator[Callable[..., Server]]:
     servers: list[Server] = []
 
-    def start(*args: str, **env: str) -> Server:
-        servers.append(Server(*args, **env))
+    def start(*args: str, **more: Any) -> Server:
+        servers.append(Server(*args, **more))
         return servers[-1]
 
     yield start
@@ -212,7 +218,90 @@ def test_stopping_a_reply_that_is_under_way(start, numbers):
     code, err = server.end(getattr(signal, numbers[-1]))
     thread.join(30)
     assert len(ended) == 1 and time.monotonic() - began < 60
-    assert code in (0, -signal.SIGTERM) and "Traceback" not in err
+    assert code == 0 and "Traceback" not in err
+
+
+#: Text without end: whatever could end it is forbidden.
+ENDLESS = {
+    "messages": [{"role": "user", "content": "Hi"}],
+    "temperature": 4.0,
+    "logit_bias": {str(i): -100 for i in range(1024, 1040)},
+}
+
+
+def asking(server: Server, url: str) -> threading.Thread:
+    """A client that waits for a reply without end."""
+
+    def ask() -> None:
+        with contextlib.suppress(OSError, urllib.error.HTTPError):
+            post(f"{url}/v1/chat/completions", ENDLESS)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    time.sleep(0.5)
+    return thread
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+def test_what_runs_when_it_is_stopped_is_saved(start, tmp_path):
+    args = ["--cache-dir", str(tmp_path / "cache")]
+    server = start(*args)
+    thread = asking(server, server.url())
+    server.process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    began = time.monotonic()
+    code, err = server.end(signal.SIGTERM)
+    thread.join(30)
+    assert code == 0 and time.monotonic() - began < 8 and "Traceback" not in err
+    assert "Stopping: replies may go on for 10 s; Ctrl-C again ends them now." in err
+    assert "Saving" not in err, "it takes no time"
+    body = {**ENDLESS, "max_tokens": 1}
+    usage = post(f"{start(*args).url()}/v1/chat/completions", body)["usage"]
+    assert usage["prompt_tokens_details"]["cached_tokens"] >= usage["prompt_tokens"] - 1
+
+
+SLOW_DISK = """
+import sys, time
+from kimi_cpu.prefixes import disk
+write = disk.write_block
+disk.write_block = lambda *args: time.sleep(3) or write(*args)
+from kimi_cpu.cli.main import main
+sys.exit(main(["serve", "--port", "0", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+def test_who_cannot_wait_for_what_is_being_saved(start, tmp_path):
+    """A second Ctrl-C ends the replies, a third one the saving."""
+    server = start("--cache-dir", str(tmp_path / "cache"), program=["-c", SLOW_DISK])
+    thread = asking(server, server.url())
+    for _ in range(2):
+        server.process.send_signal(signal.SIGINT)
+        time.sleep(0.3)
+    deadline = time.monotonic() + 20
+    while "Saving what was computed, 10 s at most; Ctrl-C leaves at once." not in server.text():
+        assert time.monotonic() < deadline and server.process.poll() is None, server.text()
+        time.sleep(0.05)
+    began = time.monotonic()
+    code, err = server.end(signal.SIGINT)
+    thread.join(30)
+    assert code == 0 and time.monotonic() - began < 2 and "Traceback" not in err
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals to send")
+def test_stopping_while_it_loads(start):
+    code = SLOW_DISK + "# not reached"
+    code = code.replace("from kimi_cpu.prefixes", "from kimi_cpu.engine import Engine\n"
+                        "Engine.load = lambda *a, **k: print('loading', file=sys.stderr) or "
+                        "time.sleep(30)\nfrom kimi_cpu.prefixes")  # fmt: skip
+    server = start(program=["-c", code])
+    deadline = time.monotonic() + 60
+    while "loading\n" not in server.text():
+        assert time.monotonic() < deadline, server.text()
+        time.sleep(0.05)
+    began = time.monotonic()
+    code, err = server.end()
+    assert code == 0 and time.monotonic() - began < 5 and "Traceback" not in err
 
 
 def test_a_busy_port(capsys):
