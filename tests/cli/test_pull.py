@@ -160,7 +160,7 @@ def test_the_disk_holds_a_few_shards_at_most(
     code, _, err = pull(tmp_path / "p", "--repack")
     assert code == 0, err
     packed_bytes = disk_bytes(tmp_path / "p")
-    assert 0 < peak <= packed_bytes + 2 * shards[-1] < packed_bytes + sum(shards)
+    assert 0 < peak <= packed_bytes + 3 * shards[-1] < packed_bytes + sum(shards)
     downloaded = sum(n for name, n in hub.sent.items() if name.endswith(".safetensors"))
     assert downloaded <= 2 * sum(shards)  # once, and their headers
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import errno
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from kimi_cpu.store.repack import LocalShards, Options, plan_repack, repack, ver
 from kimi_cpu.store.repack import files as files_module
 from kimi_cpu.store.repack import progress as progress_module
 from kimi_cpu.store.repack import run as run_module
+from kimi_cpu.store.repack.source import Header
 from tests.store.repacking import OPTIONS, contents, copy, fails
 from tests.store.test_checkpoint import rewrite
 from tests.tiny import tiny_checkpoint
@@ -272,6 +275,82 @@ def test_shards_are_deleted_one_by_one(
     assert (own / "config.json").exists()
     assert shards.peak <= before + plan.needed_bytes < before + plan.n_bytes + (64 << 20)
     assert sum(seen) <= plan.work_bytes
+
+
+class Remote:
+    """Shards that are copied from elsewhere when they are needed."""
+
+    frees = True
+
+    def __init__(self, source: Path, folder: Path, target: Path) -> None:
+        self.source, self.folder, self.target = source, folder, target
+        self.events: list[tuple[str, str]] = []
+        self.broken = ""
+        self.peak = 0
+
+    def fetch(self, shard: Path) -> None:
+        if shard.name == self.broken:
+            raise UserError("the network is gone", "Wait.")
+        self.events.append(("fetch", shard.name))
+        if not shard.exists():
+            shutil.copy(self.source / shard.name, shard)
+
+    def release(self, shard: Path) -> None:
+        self.peak = max(self.peak, file_bytes(self.folder) + file_bytes(self.target))
+        self.events.append(("release", shard.name))
+        shard.unlink(missing_ok=True)
+
+
+@pytest.fixture
+def remote(source: Path, tmp_path: Path) -> tuple[Remote, dict[str, Header]]:
+    """A folder without shards, what fetches them, and their headers."""
+    own = copy(source, tmp_path / "source")
+    headers = {path.name: Header.read(path) for path in own.glob("*.safetensors")}
+    assert len(headers) > 2
+    for name in headers:
+        (own / name).unlink()
+    return Remote(source, own, tmp_path / "packed.partial"), headers
+
+
+def test_the_next_shard_is_fetched_while_one_is_packed(
+    remote: tuple[Remote, dict[str, Header]], tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    shards, headers = remote
+    names = sorted(headers)
+    plan = plan_repack(shards.folder, tmp_path / "packed", OPTIONS, True, headers)
+    deadline = time.monotonic() + 10
+
+    def packing(n_bytes: int) -> None:
+        """Of the first shard: goes on when the second one comes, which it does by itself."""
+        while n_bytes and ("fetch", names[1]) not in shards.events:
+            assert time.monotonic() < deadline
+
+    repack(plan, shards, on_bytes=packing)
+    assert contents(tmp_path / "packed") == expected
+    for one, following in pairwise(names):
+        assert shards.events.index(("fetch", following)) < shards.events.index(("release", one))
+    there: set[str] = set()
+    for what, name in shards.events:
+        (there.add if what == "fetch" else there.discard)(name)
+        assert len(there) <= 3, "one at work, one with a part of an expert in it, one ahead"
+    assert shards.peak <= plan.needed_bytes
+
+
+def test_a_shard_that_does_not_come_leaves_what_was_packed(
+    remote: tuple[Remote, dict[str, Header]], tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    shards, headers = remote
+    names = sorted(headers)
+    shards.broken = names[1]
+    plan = plan_repack(shards.folder, tmp_path / "packed", OPTIONS, True, headers)
+    fails(UserError, "the network is gone", lambda: repack(plan, shards))
+    assert shards.events == [("fetch", names[0]), ("release", names[0])]
+    shards.broken = ""
+    plan = plan_repack(shards.folder, tmp_path / "packed", OPTIONS, True, headers)
+    assert plan.done_bytes > 0
+    repack(plan, shards)
+    assert contents(tmp_path / "packed") == expected
+    assert shards.events.count(("fetch", names[0])) == 1
 
 
 def test_nothing_is_deleted_that_is_not_right(

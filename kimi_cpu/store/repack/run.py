@@ -7,8 +7,9 @@ import hashlib
 import math
 import os
 import shutil
+import threading
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -54,7 +55,7 @@ class Shards(Protocol):
     frees: bool
 
     def fetch(self, shard: Path) -> None:
-        """Make sure that the shard is there. Raises UserError."""
+        """Make sure that the shard is there. Raises UserError. Called in a thread of its own."""
 
     def release(self, shard: Path) -> None:
         """The shard's records are written and verified: it is not needed any more."""
@@ -288,12 +289,12 @@ def _needed_bytes(layout: Layout, progress: Progress, frees: bool) -> int:
     """How much more than now will be in use at the worst moment."""
     shards = layout.source.shards
     there = {number for number, shard in enumerate(shards) if shard.path.exists()}
+    stages = _stages(layout, frees, progress.done)
     used = peak = 0
-    for stage in _stages(layout, frees):
-        todo = [p for p in stage.pieces if (p.file, p.offset) not in progress.done]
-        fetched = {number for piece in todo for number in piece.shards} - there
+    for stage, following in zip(stages, (*stages[1:], None), strict=True):
+        fetched = (stage.shards | (following.shards if following else set())) - there
         there |= fetched
-        used += sum(shards[number].size for number in fetched) + sum(p.length for p in todo)
+        used += sum(shards[number].size for number in fetched) + sum(p.length for p in stage.todo)
         peak = max(peak, used)
         freed = there & set(stage.released)
         there -= freed
@@ -302,37 +303,85 @@ def _needed_bytes(layout: Layout, progress: Progress, frees: bool) -> int:
 
 
 def _write_pieces(plan: Plan, shards: Shards, threads: int, on_bytes: OnBytes) -> None:
+    """Stage by stage; meanwhile the next stage's shards are fetched."""
     layout, progress = plan.layout, plan.progress
     for name in (*layout.expert_files, *layout.trunk_files):
         (progress.folder / name).touch()
     on_bytes(plan.done_bytes)
+    stages = [
+        (stage, _Fetch(shards, [layout.source.shards[n].path for n in sorted(stage.shards)]))
+        for stage in _stages(layout, shards.frees, progress.done)
+    ]
     with Workers(layout, progress.folder, threads, write=True) as workers:
-        for stage in _stages(layout, shards.frees):
-            todo = [p for p in stage.pieces if (p.file, p.offset) not in progress.done]
-            for number in sorted({number for piece in todo for number in piece.shards}):
-                shards.fetch(layout.source.shards[number].path)
-            _make(workers, progress, todo, on_bytes)
+        stages[0][1].start()
+        for i, (stage, fetch) in enumerate(stages):
+            fetch.finish()
+            if i + 1 < len(stages):
+                stages[i + 1][1].start()
+            _make(workers, progress, stage.todo, on_bytes)
             if stage.released:
                 _verify_and_release(plan, workers, shards, stage.released, on_bytes)
 
 
+class _Fetch:
+    """Fetching some shards in the background.
+
+    A download cannot be broken off from outside, so the thread does not keep the program from
+    ending; what it has got by then is kept, like that of any download.
+    """
+
+    def __init__(self, shards: Shards, paths: list[Path]) -> None:
+        self._shards, self._paths = shards, paths
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._work, name="fetch", daemon=True)
+
+    def start(self) -> None:
+        """Begin."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Return when all are there. Raises what `Shards.fetch` raised."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        try:
+            for path in self._paths:
+                self._shards.fetch(path)
+        except Exception as exc:
+            self._error = exc
+
+
 @dataclass(frozen=True)
 class _Stage:
-    """Pieces that are written before the shards `released` are not needed any more."""
+    """Pieces that are written before the shards `released` are not needed any more.
 
-    pieces: list[Piece]
+    Attributes:
+        todo: those that are not written yet.
+        released: numbers of shards.
+    """
+
+    todo: list[Piece]
     released: list[int]
 
+    @property
+    def shards(self) -> set[int]:
+        """Numbers of those that `todo` is made from."""
+        return {number for piece in self.todo for number in piece.shards}
 
-def _stages(layout: Layout, one_by_one: bool) -> Iterable[_Stage]:
-    if not one_by_one:
-        return [_Stage(layout.pieces, [])]
-    stages = [_Stage([], []) for _ in layout.source.shards]
+
+def _stages(layout: Layout, one_by_one: bool, done: Collection[tuple[str, int]]) -> list[_Stage]:
+    """In order; the shards of each one are released at its end, or all stay in a single stage."""
+    stages = [_Stage([], []) for _ in (layout.source.shards if one_by_one else "1")]
     for piece in layout.pieces:
-        stages[max(piece.shards, default=0)].pieces.append(piece)
-    for shard, last in enumerate(layout.last_use()):
-        if last >= 0:
-            stages[max(layout.pieces[last].shards)].released.append(shard)
+        if (piece.file, piece.offset) not in done:
+            number = max(piece.shards, default=0) if one_by_one else 0
+            stages[number].todo.append(piece)
+    if one_by_one:
+        for shard, last in enumerate(layout.last_use()):
+            if last >= 0:
+                stages[max(layout.pieces[last].shards)].released.append(shard)
     return stages
 
 
