@@ -6,9 +6,9 @@ would depend on what was cached, how its prompt was cut, and who else is served.
 
 - What an assistant writes is absorbed. It is generated token by token, where that form is best,
   and gives the same bits when it is read again as a part of a later prompt.
-- Any other message is absorbed in its first tokens and expanded from there on. A short one never
-  pays for expanding all that is cached, and a long one at most twice what the better form costs,
-  whatever its length, which the first tokens cannot know.
+- Any other message is absorbed in its first tokens and expanded from there on. So a short one never
+  pays for expanding all that is cached, and no length costs more than about twice the attention of
+  the better form. (To know the length would need the tokens that follow.)
 - The first message has nothing cached before it: it is expanded.
 
 A message begins with a control token (`<|im_user|>` ..), which no text can be taken for. Text
@@ -39,8 +39,9 @@ EXPANDED = 1 << 30
 
 #: Control tokens that begin a message; the first one that of an assistant.
 OPENERS = ("<|im_assistant|>", "<|im_user|>", "<|im_system|>")
-#: How much faster a multiplication of the expansion (int8) is than one of attention (float32).
-EXPANSION_SPEED = 2.7
+#: The expansion begins after this part of the tokens whose multiplications would make up for it:
+#: its own are up to 1.6 times as fast (bf16), and of messages that are not short most are long.
+BEGIN = 1 / 2.7
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ class FormRule:
         """The rule for the model in a checkpoint's folder."""
         ids = {name: i for name, i in _control_ids(folder).items() if 0 <= i < config.vocab_size}
         openers = tuple(ids[name] for name in OPENERS if name in ids)
-        return cls(break_even(config), openers, ids.get(OPENERS[0], -1))
+        return cls(first_expanded(config), openers, ids.get(OPENERS[0], -1))
 
     def expanded(self, ids: I64) -> Bools:
         """Which tokens of a prompt, int64 [T] from its beginning, are expanded; bool [T]."""
@@ -77,17 +78,17 @@ class FormRule:
         return (ids + EXPANDED * self.expanded(ids)).astype(np.int32)
 
 
-def break_even(config: ModelConfig) -> int:
-    """How many tokens at once make up for expanding what is cached (64 for Kimi K2).
+def first_expanded(config: ModelConfig) -> int:
+    """How many tokens of a message come before the first expanded one (64 for Kimi K2).
 
     Multiplications per head and cached token: absorbed T (2 R + P); expanded T (N + V + P) and
-    once R (N + V) for the expansion, which are faster.
+    once R (N + V) for the expansion. They are equal at 171 tokens for Kimi K2.
     """
     per_head = config.qk_nope_head_dim + config.v_head_dim
     saved = 2 * config.kv_lora_rank - per_head
     if saved <= 0:
         return config.max_position_embeddings  # never
-    return math.ceil(config.kv_lora_rank * per_head / saved / EXPANSION_SPEED)
+    return math.ceil(BEGIN * config.kv_lora_rank * per_head / saved)
 
 
 def ids_of(keys: Sequence[int]) -> tuple[int, ...]:

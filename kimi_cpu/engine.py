@@ -127,8 +127,10 @@ class Engine:
 
     @property
     def kernels_name(self) -> str:
-        """The instruction set of the kernels, on which last bits may depend."""
-        return str(getattr(self._model.kernels, "VARIANT", "reference"))
+        """The instruction set of the kernels, on which the last bits depend."""
+        kernels = self._model.kernels
+        name = str(getattr(kernels, "VARIANT", "reference"))
+        return name + " + bf16 dot" if getattr(kernels, "HAS_BF16_DOT", False) else name
 
     def session(self) -> Session:
         """A new, empty timeline."""

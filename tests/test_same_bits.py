@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kimi_cpu import engine as engine_module
-from kimi_cpu.attention_form import EXPANDED, FormRule, break_even
+from kimi_cpu.attention_form import EXPANDED, FormRule, first_expanded
 from kimi_cpu.cli.common import embedded_model
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.engine import Engine, Session
@@ -222,11 +222,11 @@ def test_the_rule() -> None:
     assert not FormRule(2).expanded(np.array([], np.int64)).size
 
 
-def test_the_break_even() -> None:
+def test_where_the_expansion_begins() -> None:
     kimi = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "v_head_dim": 128}
-    assert break_even(ModelConfig.from_dict(tiny_config(**kimi))) == 64
+    assert first_expanded(ModelConfig.from_dict(tiny_config(**kimi))) == 64
     wide = {"kv_lora_rank": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
-    assert break_even(ModelConfig.from_dict(tiny_config(**wide))) == 4096  # never: the context
+    assert first_expanded(ModelConfig.from_dict(tiny_config(**wide))) == 4096  # never: the context
 
 
 @pytest.mark.parametrize(

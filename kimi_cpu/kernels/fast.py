@@ -6,6 +6,7 @@ several Python threads at once, and its result does not depend on `threads`.
 """
 
 from kimi_cpu.kernels import ops  # noqa: F401 - registers the operations
+from kimi_cpu.kernels.attention_tile import HAS_BF16_DOT
 from kimi_cpu.kernels.isa import VARIANT
 from kimi_cpu.kernels.linears import (
     PackedQ8,
@@ -24,6 +25,7 @@ from kimi_cpu.kernels.routed import anticipate, moe, request, route
 from kimi_cpu.kernels.threads import recording
 
 __all__ = [
+    "HAS_BF16_DOT",
     "VARIANT",
     "PackedQ8",
     "absorb_q",
