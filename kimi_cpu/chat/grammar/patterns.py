@@ -14,10 +14,13 @@ patterns that name it are refused.
 from __future__ import annotations
 
 import re
+from itertools import product
 
 MAX_CHARS = 2000
-#: Beyond, counts are left to llguidance as lengths.
-_MOST = 100_000
+#: As good as any number: larger counts are left to llguidance as lengths.
+_MOST = 1 << 20
+#: Characters before the end that may be missing, since each doubles the pattern.
+_MAX_OPTIONAL = 3
 
 _GROUP = re.compile(r"\(\?(?!:|i:|i\)|P?<[A-Za-z_])")
 _POSSESSIVE = re.compile(r"[*+?}]\+")
@@ -26,12 +29,10 @@ _ESCAPE = re.compile(
     re.DOTALL,
 )
 _CONTROL = re.compile(r"\\(?:[xuU]\{0*[01]\}|x0[01]|u000[01]|U0000000[01])|[\x00\x01]")
-# The whole string is characters of one kind, so many of them. Of an adapted pattern.
-_COUNTED = re.compile(
-    r"\^(\[(?:[^\]\\]|\\.)+\]|\\[wd]|[^\\^$.|?*+()\[\]{}])"
-    r"(?:([*+])|\{(\d{1,6})(?:(,)(\d{1,6})?)?\})\$",
-    re.DOTALL,
-)
+# One character of an adapted pattern, and how often it comes.
+_ATOM = re.compile(r"\[(?:[^\]\\]|\\.)+\]|\\[wd]|\\[^A-Za-z0-9]|[^\\^$.|?*+()\[\]{}]", re.DOTALL)
+_TIMES = re.compile(r"(?:([?*+])|\{(\d{1,6})(?:(,)(\d{1,6})?)?\})?(?![?*+{])")
+_REST = r"[^\x01]"  # any that can be written
 # The categories with control characters in them, and what may be a property other than a script's.
 _OTHER = {"c", "cc", "cf", "cn", "co", "cs", "other", "control", "cntrl"}
 _SCRIPT = re.compile(r"(?:script|sc|scriptextensions|scx)=\w+|[a-z]+")
@@ -71,23 +72,51 @@ def adapted(pattern: str) -> str:
 
 
 def with_lengths(pattern: str, low: int, high: int | None) -> str | None:
-    """An adapted pattern that takes minLength and maxLength over, where it says how long already.
+    """An adapted pattern that takes minLength and maxLength over, where only its end may vary.
 
     The same strings match; llguidance is many times as fast with one expression as with the
-    intersection of two. None if that cannot be said.
+    intersection of two. None if that cannot be said, or if nothing matches.
     """
-    found = _COUNTED.fullmatch(pattern)
-    if found is None:
+    atoms = _atoms(pattern)
+    if atoms is None or max(low, high or 0) >= _MOST:
         return None
-    kind, sign, at_least, open_end, at_most = found.groups()
-    least = int(at_least or (sign == "+"))
-    most = int(at_most) if at_most else None if sign or open_end else least
-    least = max(least, low)
-    bounds = [bound for bound in (most, high) if bound is not None]
-    most = min(bounds, default=None)
-    if max(least, most or 0) > _MOST or (most is not None and least > most):
+    *before, (kind, least, most) = atoms
+    if sum(a != b for _, a, b in before) > _MAX_OPTIONAL or any(b - a > 1 for _, a, b in before):
         return None
-    return f"^{kind}{{{least},{'' if most is None else most}}}$"
+    options = []
+    for counts in product(*(sorted({a, b}) for _, a, b in before)):
+        length = sum(counts)
+        begin = max(least, low - length)
+        end = most if high is None else min(most, high - length)
+        if begin <= end:
+            head = [f"{before[i][0]}{{{n}}}" for i, n in enumerate(counts) if n]
+            options.append("".join(head) + f"{kind}{{{begin},{end if end < _MOST else ''}}}")
+    return f"^(?:{'|'.join(options)})$" if options else None
+
+
+def _atoms(pattern: str) -> list[tuple[str, int, int]] | None:
+    """The characters of a pattern from `^` on, each with the bounds of its count; None if it has
+    more than that."""
+    atoms = []
+    at = 1
+    while at < len(pattern) and pattern[at:] != "$":
+        atom = _ATOM.match(pattern, at)
+        times = atom and _TIMES.match(pattern, atom.end())
+        if not (atom and times):
+            return None
+        sign, exact, open_end, upper = times.groups()
+        least = int(exact or sign not in ("?", "*"))
+        if sign in ("*", "+") or (open_end and not upper):
+            most = _MOST
+        else:
+            most = int(upper or exact or 1)
+        if max(least, most) > _MOST:
+            return None
+        atoms.append((atom[0], least, most))
+        at = times.end()
+    if not pattern.endswith("$") or at == len(pattern):
+        atoms.append((_REST, 0, _MOST))
+    return atoms if pattern[:1] == "^" and atoms else None
 
 
 def _class(pattern: str, start: int) -> tuple[str, int]:
