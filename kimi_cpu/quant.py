@@ -160,12 +160,14 @@ def quantize_int8(w: F32) -> Int8Weight:
     of the largest element, which is clipped to 127.
     """
     out_features, in_features = w.shape
-    groups = w.reshape(out_features, in_features // GROUP_SIZE, GROUP_SIZE)
-    scale = f32_to_bf16(np.abs(groups).max(axis=2) / np.float32(127))
-    divisor = bf16_to_f32(scale)[:, :, None]
-    q = np.rint(np.divide(groups, divisor, out=np.zeros_like(groups), where=divisor > 0))
-    q = np.clip(q, -127, 127).astype(np.int8)
-    return Int8Weight(q.reshape(out_features, in_features), scale)
+    size = np.abs(w).reshape(-1)
+    largest: F32 = np.maximum.reduceat(size, np.arange(0, size.size, GROUP_SIZE))
+    scale = f32_to_bf16(largest / np.float32(127)).reshape(out_features, in_features // GROUP_SIZE)
+    divisor = bf16_to_f32(scale)
+    divisor[divisor == 0] = 1  # what is so small is rounded to 0
+    q = np.divide(w, np.repeat(divisor, GROUP_SIZE, axis=1))
+    np.clip(np.rint(q, out=q), -127, 127, out=q)
+    return Int8Weight(q.astype(np.int8), scale)
 
 
 def unpack_int4(packed: U8) -> npt.NDArray[np.int8]:

@@ -141,6 +141,21 @@ def test_quantize_int8_stays_within_half_a_step(inputs):
     assert (error <= largest * (0.51 / 127 + 1 / 256)).all()  # clipping: half an ulp of bf16
 
 
+@pytest.mark.parametrize("size", [1.0, 1e-37, 1e-41, 1e30])
+def test_quantize_int8_as_it_is_defined(inputs, size):
+    """Also where scales are tiny, or so small that bf16 has only 0 for them."""
+    w = (inputs.f32(5, 64) * np.float32(size)).astype(np.float32)
+    w[0, :32], w[1, 3], w[2, 32:] = 0, 50 * size, 1e-44
+    got = quantize_int8(w)
+    for row, scales, q in zip(w, bf16_to_f32(got.scale), got.q, strict=True):
+        for group in (0, 1):
+            part, scale = row[32 * group :][:32], scales[group]
+            exact = np.abs(part).max(keepdims=True) / np.float32(127)
+            assert scale == bf16_to_f32(f32_to_bf16(exact))[0]
+            want = np.clip(np.rint(part / scale), -127, 127) if scale else np.zeros(32)
+            np.testing.assert_array_equal(q[32 * group :][:32], want)
+
+
 def test_zero_groups_give_zero(inputs, close):
     x, w = inputs.f32(2, 96), inputs.f32(5, 96)
     w[:, 32:64] = 0

@@ -30,11 +30,27 @@ from kimi_cpu.store.repack import progress as progress_module
 from kimi_cpu.store.repack import run as run_module
 from kimi_cpu.store.repack.convert import round_rows
 from kimi_cpu.store.repack.files import Files, Scratch
+from kimi_cpu.store.repack.plan import ExpertJob, RowsJob
 from kimi_cpu.store.writer import int4_tensors
 from tests.store.repacking import OPTIONS, contents, copy, fails
 from tests.store.test_checkpoint import GATE, rewrite, shard_of
 from tests.test_quant import blocks_by_definition
 from tests.tiny import tiny_checkpoint
+
+# The order.
+
+
+def test_rounding_is_spread_among_what_is_only_packed(source: Path, tmp_path: Path) -> None:
+    """Else the disk waits for the processors, then they for it."""
+    layout = plan_repack(source, tmp_path / "p", OPTIONS).layout
+    pieces = sorted(layout.pieces, key=lambda piece: isinstance(piece.job, ExpertJob))
+    mixed = run_module._mixed(pieces)
+    assert sorted(mixed) == sorted(pieces)
+    slow = [i for i, p in enumerate(mixed) if isinstance(p.job, RowsJob) and p.job.how == "round8"]
+    gaps = np.diff([-1, *slow, len(mixed)])
+    assert len(slow) > 5 and gaps.max() <= -(-len(mixed) // len(slow)) + 1
+    assert run_module._mixed([]) == []
+
 
 # The arithmetic.
 

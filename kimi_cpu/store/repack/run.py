@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
+
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import CheckpointError, UsageError, UserError
 from kimi_cpu.store.checkpoint import INDEX_NAME, MANIFEST_NAME
@@ -382,7 +384,24 @@ def _stages(layout: Layout, one_by_one: bool, done: Collection[tuple[str, int]])
         for shard, last in enumerate(layout.last_use()):
             if last >= 0:
                 stages[max(layout.pieces[last].shards)].released.append(shard)
+    for stage in stages:
+        stage.todo[:] = _mixed(stage.todo)
     return stages
+
+
+def _mixed(pieces: list[Piece]) -> list[Piece]:
+    """Those that are rounded spread evenly among the others.
+
+    Rounding is slower than the disk, everything else faster: one after the other, first the disk
+    would wait for the processors, then they for it.
+    """
+    slow = [isinstance(p.job, RowsJob) and p.job.how.startswith("round") for p in pieces]
+    counts, totals = [0, 0], (max(slow.count(False), 1), max(slow.count(True), 1))
+    places: list[float] = []
+    for kind in slow:
+        places.append((counts[kind] + 0.5) / totals[kind])
+        counts[kind] += 1
+    return [pieces[i] for i in np.argsort(places, kind="stable")]
 
 
 def _make(workers: Workers, progress: Progress, pieces: list[Piece], on_bytes: OnBytes) -> None:
