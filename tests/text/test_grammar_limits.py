@@ -26,10 +26,11 @@ def many(n: int) -> dict[str, Any]:
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "uniqueItems": ({"properties": {"a": {"uniqueItems": True}}}, r"a: the keyword 'uniqueItems'"),
-    "not": ({"not": {"type": "string"}}, "the keyword 'not'"),
+    "not": ({"not": {"pattern": "a"}}, "the keyword 'not'"),
     "if": ({"if": {}, "then": {}}, "the keyword 'if'"),
     "contains": ({"items": {"contains": {}}}, "items: the keyword 'contains'"),
-    "names": ({"propertyNames": {"pattern": "a"}}, "the keyword 'propertyNames'"),
+    "names": ({"propertyNames": {"minLength": 3}}, "the keyword 'propertyNames'"),
+    "dependents": ({"dependentRequired": {c: ["x"] for c in "abcde"}}, "'dependentRequired'"),
     "overlap": ({"oneOf": [{"type": "integer"}, {"type": "number"}]}, "oneOf"),
     "minProperties": ({"minProperties": 3, "required": ["a"]}, "'minProperties' is supported up"),
     "remote": ({"$ref": "http://localhost/x"}, r"\$ref: 'http://localhost/x' is no JSON pointer"),

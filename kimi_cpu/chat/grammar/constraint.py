@@ -337,16 +337,24 @@ def _call_matchers(
         parameters = function.get("parameters")
         parameters = _NO_PARAMETERS if parameters is None else parameters
         strict = function.get("strict") is not False
-        try:
-            schema = prepare(parameters, where, root_object=True, strict=strict)
-            chars += len(schema)
-            if chars > MAX_TOOLS_CHARS:
-                raise GrammarError("tools", f"have schemas of over {MAX_TOOLS_CHARS:,} characters")
-            calls[name] = words.json(schema, where)
-        except GrammarError:
-            if strict:
-                raise
-            calls[name] = words.json(prepare({"type": "object"}, where), where)
+        # If it is not strict: what cannot be said is left out, then what compiling may fail for,
+        # then all of it.
+        attempts = [(parameters, False)]
+        if not strict:
+            attempts += [(parameters, True), ({"type": "object"}, True)]
+        for n, (declared, plain) in enumerate(attempts):
+            try:
+                schema = prepare(declared, where, root_object=True, strict=strict, plain=plain)
+                if chars + len(schema) > MAX_TOOLS_CHARS and declared is parameters:
+                    what = f"have schemas of over {MAX_TOOLS_CHARS:,} characters"
+                    raise GrammarError("tools", what)
+                calls[name] = words.json(schema, where)
+            except GrammarError:
+                if n + 1 == len(attempts):
+                    raise
+            else:
+                chars += len(schema)
+                break
     return calls
 
 

@@ -8,22 +8,24 @@ and compiling it must cost little whatever the schema. So this module
 - refuses what llguidance cannot enforce, by name, and drops what asserts nothing (`title`,
   `x-...`, unknown formats: by JSON Schema 2020-12 these never make a value invalid);
 - rewrites what it can say otherwise: `$ref`s within oneOf are resolved, so that options with
-  different tags are seen to be disjoint; `propertyNames` of an enum becomes `properties`; lengths
+  different tags are seen to be disjoint; some keywords become others (`rewriting.py`); lengths
   become part of a pattern that counts anyway; bounds and literals that a double cannot hold
   exactly are rounded inwards or refused.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from decimal import Decimal
 from typing import Any
 from urllib.parse import unquote
 
 from kimi_cpu.chat.grammar.patterns import adapted, with_lengths
+from kimi_cpu.chat.grammar.rewriting import rewritten
 from kimi_cpu.errors import UserError
 
 #: Bounds of one schema. Real ones of tools have 1-20 KB, depth below 20 and a few hundred nodes.
@@ -50,6 +52,12 @@ _MAPS = {"properties", "patternProperties", "$defs", "definitions"}
 _COUNTS = {"minItems", "maxItems", "minLength", "maxLength", "minProperties", "maxProperties"}
 _BOUNDS = {"minimum", "exclusiveMinimum", "maximum", "exclusiveMaximum"}
 _COMBINING = {"allOf", "anyOf", "oneOf", "$ref"}
+_COSTLY = _COUNTS | _BOUNDS | {"multipleOf", "pattern", "format", "patternProperties"}
+#: Keywords without which another one would be about more than it is.
+_DEPENDS = {
+    "patternProperties": "additionalProperties", "properties": "additionalProperties",
+    "prefixItems": "items",
+}  # fmt: skip
 #: Keywords that assert something which no grammar of ours enforces.
 _UNSUPPORTED = {
     "not", "if", "dependentRequired", "dependentSchemas", "dependencies", "contains",
@@ -88,16 +96,23 @@ class GrammarError(UserError):
         self.param = param
 
 
-def prepare(schema: Any, where: str, *, root_object: bool = False, strict: bool = True) -> str:
+class _TooLargeError(GrammarError):
+    """It is not one keyword that is at fault, but all of the schema."""
+
+
+def prepare(
+    schema: Any, where: str, *, root_object: bool = False, strict: bool = True, plain: bool = False
+) -> str:
     """The JSON text of an equivalent or narrower schema for llguidance. Raises GrammarError.
 
     where: the field that holds the schema, for messages.
     root_object: values must be objects, as the arguments of a call are.
-    strict: refuse keywords and patterns that cannot be enforced, instead of leaving them out.
+    strict: refuse keywords that cannot be enforced or make no sense, instead of leaving them out.
+    plain: leave out all patterns, formats, bounds and lengths, too: what compiling may fail for.
     """
     if not isinstance(schema, Mapping | bool):
         raise GrammarError(where, "is not a JSON schema (an object)")
-    result = _Preparation(schema, where, strict).run()
+    result = _Preparation(schema, where, strict, plain).run()
     if root_object:
         kinds = result.get("type", "object")
         if "object" not in ([kinds] if isinstance(kinds, str) else kinds):
@@ -112,10 +127,11 @@ def prepare(schema: Any, where: str, *, root_object: bool = False, strict: bool 
 
 
 class _Preparation:
-    def __init__(self, root: Any, where: str, strict: bool) -> None:
+    def __init__(self, root: Any, where: str, strict: bool, plain: bool) -> None:
         self._root = root
         self._where = where
         self._strict = strict
+        self._plain = plain
         self._nodes = 0
         self._visits = 0
         self._inlining: list[str] = []
@@ -133,39 +149,61 @@ class _Preparation:
             return {} if schema else False
         if not isinstance(schema, Mapping):
             raise GrammarError(where, "is not a JSON schema (an object)")
-        schema = _with_names(schema)
+        schema = rewritten(schema)
         result: dict[str, Any] = {}
         for key, value in schema.items():
-            here = f"{where}.{str(key)[:40]}"
-            if key in _UNSUPPORTED:
-                self._unsupported(key, value, schema, where)
-            elif key in _ONE:
-                if key == "items" and isinstance(value, list):
-                    result[key] = self._list(value, here, depth)
-                else:
-                    result[key] = self._schema(value, here, depth + 1)
-            elif key in _LISTS:
-                options = _checked(value, list, here, "a list of schemas")
-                if key == "oneOf":
-                    options = [self._resolved(option, here) for option in options]
-                    result[key] = [
-                        self._inlined(ref, target, f"{here}[{i}]", depth)
-                        for i, (ref, target) in enumerate(options)
-                    ]
-                else:
-                    result[key] = self._list(options, here, depth)
-                if not result[key] and key != "prefixItems":
-                    raise GrammarError(here, "is empty")
-            elif key in _MAPS:
-                result[key] = self._map(key, value, here, depth)
-            else:
-                self._keyword(key, value, here, result)
+            with self._leaving_out():
+                self._member(key, value, schema, where, depth, result)
+        for key, depends in _DEPENDS.items():
+            if key in schema and key not in result:  # left out: these would now say more
+                result.pop(depends, None)
         self._numbers(result, where)
         self._properties(result, where)
         _merge_lengths(result)
         if len(result.keys() - {"$defs", "definitions"}) > 1 or len(result.get("allOf", ())) > 1:
             self._check_met(schema, where)
         return result
+
+    @contextlib.contextmanager
+    def _leaving_out(self) -> Iterator[None]:
+        """What cannot be enforced is left out, unless that is an error."""
+        try:
+            yield
+        except GrammarError as error:
+            if self._strict or isinstance(error, _TooLargeError):
+                raise
+
+    def _member(
+        self, key: str, value: Any, schema: Mapping[str, Any], where: str, depth: int,
+        result: dict[str, Any],
+    ) -> None:  # fmt: skip
+        """One keyword of a schema."""
+        here = f"{where}.{str(key)[:40]}"
+        if key in _UNSUPPORTED:
+            self._unsupported(key, value, schema, where)
+        elif self._plain and key in _COSTLY:
+            return
+        elif key in _ONE:
+            if key == "items" and isinstance(value, list):
+                result[key] = self._list(value, here, depth)
+            else:
+                result[key] = self._schema(value, here, depth + 1)
+        elif key in _LISTS:
+            options = _checked(value, list, here, "a list of schemas")
+            if not options and key != "prefixItems":
+                raise GrammarError(here, "is empty")
+            if key == "oneOf":
+                options = [self._resolved(option, here) for option in options]
+                result[key] = [
+                    self._inlined(ref, target, f"{here}[{i}]", depth)
+                    for i, (ref, target) in enumerate(options)
+                ]
+            else:
+                result[key] = self._list(options, here, depth)
+        elif key in _MAPS:
+            result[key] = self._map(key, value, here, depth)
+        else:
+            self._keyword(key, value, here, result)
 
     def _list(self, schemas: list[Any], where: str, depth: int) -> list[Any]:
         return [self._schema(s, f"{where}[{i}]", depth + 1) for i, s in enumerate(schemas)]
@@ -176,14 +214,17 @@ class _Preparation:
             raise GrammarError(where, f"has more than {MAX_PATTERN_PROPERTIES} patterns")
         if key == "properties" and len(members) > MAX_PROPERTIES:
             raise GrammarError(where, f"has more than {MAX_PROPERTIES:,} members")
-        result = {}
+        result: dict[str, Any] = {}
         for name, member in members.items():
             here = f"{where}.{str(name)[:40]}"
             if key == "patternProperties":
                 name = _pattern(name, here)
             else:
                 _check_text(name, here, literal=False)
-            result[name] = self._schema(member, here, depth + 1)
+            if not self._strict:
+                result[name] = {}
+            with self._leaving_out():
+                result[name] = self._schema(member, here, depth + 1)
         return result
 
     def _keyword(self, key: str, value: Any, where: str, result: dict[str, Any]) -> None:
@@ -210,11 +251,7 @@ class _Preparation:
                 if _common_multiple([result[key]]) > MAX_MULTIPLE:
                     raise GrammarError(where, f"has more than {MAX_MULTIPLE:,} remainders")
         elif key == "pattern":
-            try:
-                result[key] = _pattern(value, where)
-            except GrammarError:
-                if self._strict:
-                    raise
+            result[key] = _pattern(value, where)
         elif key == "format":
             if _checked(value, str, where, "a string") in _FORMATS:
                 result[key] = value
@@ -233,6 +270,8 @@ class _Preparation:
                     f"{value[:80]!r} is no JSON pointer within this schema",
                     "Put what it refers to under $defs of this schema.",
                 )
+            if not self._strict and self._target(value) is None:
+                raise GrammarError(where, "refers to nothing")
             result[key] = value
         elif key == "$id" and where != f"{self._where}.$id" and str(value)[:1] != "#":
             # would change what the references below it mean
@@ -278,6 +317,9 @@ class _Preparation:
             sign = 1 if key.endswith("Minimum") or key == "minimum" else -1
             bound = sign * result[key]
             if bound > _INT64:
+                if not self._strict:
+                    del result[key]
+                    continue
                 raise GrammarError(f"{where}.{key}", "leaves no number that can be written")
             if bound < -_INT64:
                 bound = -_INT64
@@ -379,19 +421,7 @@ class _Preparation:
     def _count(self, where: str) -> None:
         self._nodes += 1
         if self._nodes > MAX_NODES:
-            raise GrammarError(self._where, f"the schema has more than {MAX_NODES:,} parts")
-
-
-def _with_names(schema: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Where propertyNames lists the names (zod's records do), the same as properties."""
-    names = schema.get("propertyNames")
-    listed = names.get("enum") if isinstance(names, Mapping) else None
-    if not isinstance(listed, list) or schema.keys() & {"properties", "patternProperties"}:
-        return schema
-    rest = {k: v for k, v in schema.items() if k not in ("propertyNames", "additionalProperties")}
-    others = schema.get("additionalProperties", True)
-    properties = {name: others for name in listed if isinstance(name, str)}
-    return {**rest, "properties": properties, "additionalProperties": False}
+            raise _TooLargeError(self._where, f"the schema has more than {MAX_NODES:,} parts")
 
 
 def _asserting(schema: Mapping[str, Any]) -> set[str]:
