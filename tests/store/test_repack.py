@@ -23,14 +23,15 @@ from kimi_cpu.quant import (
     quantize_int8,
 )
 from kimi_cpu.store.checkpoint import INDEX_NAME, MANIFEST_NAME, Checkpoint
+from kimi_cpu.store.extents import Extent, merged
 from kimi_cpu.store.manifest import load_manifest
 from kimi_cpu.store.packed import PackedCheckpoint
 from kimi_cpu.store.repack import Options, Plan, plan_repack, repack, verify
 from kimi_cpu.store.repack import progress as progress_module
 from kimi_cpu.store.repack import run as run_module
 from kimi_cpu.store.repack.convert import round_rows
-from kimi_cpu.store.repack.files import Files, Scratch
-from kimi_cpu.store.repack.plan import ExpertJob, RowsJob
+from kimi_cpu.store.repack.files import Files, Scratch, TensorReader
+from kimi_cpu.store.repack.plan import ExpertJob, RowsJob, expert_tensors
 from kimi_cpu.store.writer import int4_tensors
 from tests.store.repacking import OPTIONS, contents, copy, fails
 from tests.store.test_checkpoint import GATE, rewrite, shard_of
@@ -50,6 +51,39 @@ def test_rounding_is_spread_among_what_is_only_packed(source: Path, tmp_path: Pa
     gaps = np.diff([-1, *slow, len(mixed)])
     assert len(slow) > 5 and gaps.max() <= -(-len(mixed) // len(slow)) + 1
     assert run_module._mixed([]) == []
+
+
+def test_an_experts_neighbouring_tensors_are_read_at_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layout = plan_repack(source, tmp_path / "p", OPTIONS).layout
+    job = ExpertJob(1, 3)
+    names = expert_tensors(layout.source, job)
+    ranges = merged(
+        Extent(
+            layout.source.file_of(n), layout.source.entry(n).begin, layout.source.entry(n).nbytes
+        )
+        for n in names
+    )
+    assert len(names) == 9 and len(ranges) < 6
+    lengths: list[int] = []
+    read = Files.read
+
+    def counted(files: Files, path: Path, offset: int, length: int, scratch: Scratch) -> Any:
+        lengths.append(length)
+        return read(files, path, offset, length, scratch)
+
+    monkeypatch.setattr(Files, "read", counted)
+    reader = TensorReader(layout.source, Files(), Scratch(1 << 20))
+    alone = {name: reader.rows(name, 1).copy() for name in names if "shape" not in name}
+    lengths.clear()
+    reader.load(names)
+    for name, rows in alone.items():
+        assert np.array_equal(reader.rows(name, 1), rows)
+    assert sorted(lengths) == sorted(extent.length for extent in ranges)
+    reader.clear()
+    reader.rows(names[0])
+    assert len(lengths) == len(ranges) + 1
 
 
 # The arithmetic.

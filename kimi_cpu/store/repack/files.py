@@ -9,6 +9,7 @@ systems that cannot do it, take the ordinary way.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import U8
 from kimi_cpu.store.direct import ALIGN, HUGE_PAGE, open_past_cache
+from kimi_cpu.store.extents import Extent, merged
 from kimi_cpu.store.repack.source import Source
 from kimi_cpu.store.safetensors import NUMPY_DTYPES
 from kimi_cpu.store.tensors import is_finite
@@ -166,6 +168,25 @@ class TensorReader:
         self.source = source
         self._files = files
         self._scratch = scratch
+        self._loaded: dict[str, U8] = {}
+
+    def clear(self) -> None:
+        """Take the scratch memory back: what was read is gone."""
+        self._scratch.clear()
+        self._loaded.clear()
+
+    def load(self, names: Iterable[str]) -> None:
+        """Read these tensors whole, neighbours at once, which disks like; then ask for `rows`."""
+        places = {}
+        for name in names:
+            entry = self.source.entry(name)
+            places[name] = Extent(self.source.file_of(name), entry.begin, entry.nbytes)
+        for path, offset, length in merged(places.values()):
+            data = self._files.read(path, offset, length, self._scratch)
+            for name, extent in places.items():
+                begin = extent.offset - offset
+                if extent.path == path and 0 <= begin <= length - extent.length:
+                    self._loaded[name] = data[begin : begin + extent.length]
 
     def rows(self, name: str, begin: int = 0, end: int | None = None) -> npt.NDArray[Any]:
         """Rows [begin, end) of a tensor, all by default, as NUMPY_DTYPES has its dtype.
@@ -177,7 +198,11 @@ class TensorReader:
         end = entry.shape[0] if end is None else end
         row_bytes = entry.nbytes // max(1, entry.shape[0])
         offset, length = entry.begin + begin * row_bytes, (end - begin) * row_bytes
-        data = self._files.read(path, offset, length, self._scratch)
+        data = self._loaded.get(name)
+        if data is None:
+            data = self._files.read(path, offset, length, self._scratch)
+        else:
+            data = data[begin * row_bytes : end * row_bytes]
         array = data.view(NUMPY_DTYPES[entry.dtype]).reshape(end - begin, *entry.shape[1:])
         if entry.dtype in ("BF16", "F32") and not is_finite(array):
             raise CheckpointError(

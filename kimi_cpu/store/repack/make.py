@@ -27,7 +27,14 @@ from kimi_cpu.quant import (
 from kimi_cpu.store.layout import PROJECTIONS
 from kimi_cpu.store.repack.convert import EXACT, Deviation, measure, round_rows
 from kimi_cpu.store.repack.files import Scratch, TensorReader
-from kimi_cpu.store.repack.plan import BytesJob, ExpertJob, Layout, Piece, RowsJob
+from kimi_cpu.store.repack.plan import (
+    BytesJob,
+    ExpertJob,
+    Layout,
+    Piece,
+    RowsJob,
+    expert_tensors,
+)
 
 #: Rows that are checked at once, in blocks: their float32 temporaries stay small.
 _CHECK_ROW_BLOCKS = 8
@@ -116,6 +123,7 @@ def _dense(reader: TensorReader, job: RowsJob) -> U16 | F32:
 
 
 def _expert(reader: TensorReader, job: ExpertJob) -> Iterator[Int4Weight]:
+    reader.load(expert_tensors(reader.source, job))
     for projection in PROJECTIONS:
         yield _int4(reader, f"model.layers.{job.layer}.mlp.experts.{job.expert}.{projection}")
 

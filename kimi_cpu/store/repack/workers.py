@@ -127,7 +127,7 @@ class Workers:
         if worker is None:
             worker = self._local.worker = _Worker(self._layout, self._write)
             self._all.append(worker)
-        worker.scratch.clear()
+        worker.reader.clear()
         return worker
 
     def _make(self, piece: Piece) -> Done:
