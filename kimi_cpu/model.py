@@ -34,7 +34,7 @@ import numpy.typing as npt
 
 from kimi_cpu.attention_form import Bools, FormRule
 from kimi_cpu.config import LATENT_NORM_EPS
-from kimi_cpu.errors import CheckpointError
+from kimi_cpu.errors import CheckpointError, LowMemoryError
 from kimi_cpu.kernels.common import FEW_TOKENS, I32, I64, ExpertTable, Latents, Precision
 from kimi_cpu.kv_cache import BlockPool, LatentCache
 from kimi_cpu.quant import F32, U16, Weight, as_f32, rows_of
@@ -253,11 +253,16 @@ class Model:
             cache.reserve(tokens)
         inputs = self._inputs(ids, caches, absorbed, expanded)
         beside = self.latent_bytes() + max(len(ids) * self.token_bytes - PASS_RESERVE, 0)
-        with self.experts.passing(len(ids), beside):
-            if tokens == 1 and not expanded and self._can_replay(len(ids)):
-                logits = self._replay(inputs)
-            else:
-                logits = self._compute(inputs, all_logits, progress)
+        try:
+            with self.experts.passing(len(ids), beside):
+                if tokens == 1 and not expanded and self._can_replay(len(ids)):
+                    logits = self._replay(inputs)
+                else:
+                    logits = self._compute(inputs, all_logits, progress)
+        except LowMemoryError:
+            for cache in caches:  # what was reserved must not make the next pass fail, too
+                cache.truncate(cache.length)
+            raise
         if not np.isfinite(logits).all():
             raise self._find_non_finite() or CheckpointError(
                 "the model computed logits that are not finite, though its trunk is",

@@ -13,7 +13,7 @@ import pytest
 
 from kimi_cpu import model as model_module
 from kimi_cpu.engine import Engine, Session
-from kimi_cpu.errors import CheckpointError, UsageError
+from kimi_cpu.errors import CheckpointError, LowMemoryError, UsageError
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts import budget as budget_module
 from kimi_cpu.store.experts import system
@@ -367,3 +367,23 @@ def test_everything_fits_by_default(published: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(budget_module.hardware, "available_ram_bytes", lambda: 64 << 20)
     with pytest.raises(UsageError, match="memory that may be used now"):
         Engine.load(published)
+
+
+def test_who_has_no_room_does_not_take_it_from_others(published: Path) -> None:
+    """A pass that is refused leaves nothing reserved: timelines that need no new block go on."""
+    memory = memory_for(published, TOP_K + 6, latents=False)
+    with Engine.load(published, memory=memory, io="direct", threads=1) as engine:
+        store, budget = engine.experts, engine.experts._budget
+        block = engine._model._pool.block_bytes
+        fits = (budget.expert_bytes - TOP_K * budget.slot_bytes) // block
+        sessions = [engine.session() for _ in range(fits)]
+        for session in sessions:
+            session.sync([1, 2, 3])
+        with pytest.raises(LowMemoryError):
+            engine.session().sync([1, 2, 3])
+        other = engine.session()
+        with pytest.raises(LowMemoryError):
+            other.sync([1, 2, 3])
+        assert store.capacity >= TOP_K and other.cache_bytes == 0
+        for session in sessions:
+            session.step(4)

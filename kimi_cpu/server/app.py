@@ -89,7 +89,7 @@ def make_app(worker: Worker, settings: Settings, metrics: Metrics) -> Starlette:
             Middleware(
                 CORSMiddleware,
                 allow_origins=list(settings.cors_origins),
-                allow_methods=["GET", "POST"],
+                allow_methods=["GET", "POST", "DELETE"],
                 allow_headers=["*"],
                 expose_headers=["Retry-After"],
             ),

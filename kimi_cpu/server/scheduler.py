@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kimi_cpu.chat.grammar import DeadEndError
-from kimi_cpu.errors import ContextError, LowMemoryError, UserError
+from kimi_cpu.errors import ContextError, LowMemoryError, UsageError, UserError
 from kimi_cpu.quant import F32
 from kimi_cpu.server.errors import ApiError, busy, internal, unavailable
 from kimi_cpu.server.jobs import Finished, Job, Scored, Step
@@ -193,7 +193,7 @@ class Scheduler:
                 logits = self._with_room(lambda: session.sync(prompt[:end], after_layer))
                 self._prefixes.share(session)
             else:
-                every = session.extend(prompt[begin:end], after_layer)
+                every = self._with_room(lambda: session.extend(prompt[begin:end], after_layer))
                 job.score(every)
                 logits = every[-1]
             job.position = end
@@ -253,7 +253,7 @@ class Scheduler:
         replies: list[tuple[Job, F32]] = []
         stepped = self._step([(job.session, job.reply.token) for job in going_on if job.session])
         for job, outcome in zip(going_on, stepped, strict=True):
-            if isinstance(outcome, ContextError):  # no memory for a longer cache
+            if isinstance(outcome, ContextError | LowMemoryError):  # none for a longer cache
                 self._cut(job)
             elif isinstance(outcome, Exception):
                 self._fail(job, outcome)
@@ -269,6 +269,12 @@ class Scheduler:
             sessions, tokens = [s for s, _ in work], [token for _, token in work]
             return list(self._with_room(lambda: self._engine.step(sessions, tokens)))
         except Exception as error:
+            if isinstance(error, LowMemoryError) and self._prompts:
+                # Replies come first: the last prompt that came may be sent again.
+                last = max(self._prompts, key=lambda job: job.number)
+                self._fail(last, error)
+                self._prompts.remove(last)
+                return self._step(work)
             if len(work) == 1:
                 return [error]
         # All are as before: one by one it shows whose error it is.
@@ -304,9 +310,18 @@ class Scheduler:
         if isinstance(error, LowMemoryError):
             self._release(job)
             log.error("%s #%d: %s", job.label, job.number, error.message)
-            job.give(unavailable("not enough memory for this request", "out_of_memory", 30))
+            if self.active > 1:
+                job.give(unavailable("not enough memory for this request", "out_of_memory", 30))
+            else:  # it will not get better by waiting
+                job.give(
+                    ContextError(
+                        f"the prompt has {len(job.reply.prompt):,} tokens, for which there is no "
+                        "memory",
+                        "Shorten it or start a new conversation.",
+                    )
+                )
             return
-        if isinstance(error, UserError | ApiError):
+        if isinstance(error, UserError | ApiError) and not isinstance(error, UsageError):
             self._release(job)
             job.give(error)
             return

@@ -133,11 +133,28 @@ def test_what_is_kept_goes_when_memory_is_short(serve):
     engine.memory = 30 * block
     assert live.chat("another " + TEXT)["choices"][0]["finish_reason"] == "stop"
     assert 0 < value(live, "cache_bytes") <= 30 * block
-    answer = live.post(
-        "/v1/chat/completions", {"messages": [{"role": "user", "content": TEXT * 8}]}
-    )
+    large = {"messages": [{"role": "user", "content": TEXT * 8}]}
+    answer = live.post("/v1/chat/completions", large)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+    assert "no memory" in answer.text and "--memory" not in answer.text
+    # Beside others it may fit later.
+    engine.step_s = 0.05
+    long = {"messages": [{"role": "user", "content": "long " + TEXT}]}
+    slow = live.stream("/v1/chat/completions", long)
+    next(slow)
+    next(slow)
+    answer = live.post("/v1/chat/completions", large)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "out_of_memory"
-    assert "Retry-After" in answer.headers and "--memory" not in answer.text
+    assert "Retry-After" in answer.headers
+    engine.step_s = 0
+    assert [chunk["choices"][0]["finish_reason"] for chunk in slow][-1] == "stop"
+    # A reply that does not fit any more is cut off.
+    engine.memory = 12 * block
+    body = live.chat("another " + TEXT)
+    assert body["choices"][0]["finish_reason"] == "length"
+    assert 0 < body["usage"]["completion_tokens"] <= 3 * BLOCK_TOKENS
+    engine.memory = 30 * block
     assert live.chat("another " + TEXT)["choices"][0]["finish_reason"] == "stop"
 
 
