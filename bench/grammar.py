@@ -1,7 +1,8 @@
 """What structured output and strict tool calls cost: masks, steps, and the sampler's use of them.
 
-A random model writes JSON under each schema; every token is timed: `mask` (which tokens may come),
-`accept` (going on by one), and how much longer the sampler takes with the mask than without.
+A random model writes JSON under each schema; of every token the CPU time is taken: `mask` (which
+tokens may come), `accept` (going on by one), and how much longer the sampler takes with the mask
+than without.
 
     python -m bench.grammar --tokenizer FOLDER [--requests tool_call_requests.jsonl]
 """
@@ -34,6 +35,13 @@ _EDIT = {
     "required": ["path", "text"],
     "additionalProperties": False,
 }
+
+
+def _properties(n: int) -> dict[str, Any]:
+    names = {f"property_{i}": {"type": "string"} for i in range(n)}
+    return {"type": "object", "properties": names, "additionalProperties": False}
+
+
 SCHEMAS: dict[str, Any] = {
     "any JSON object": {"type": "object"},
     "a tool that edits files": _EDIT,
@@ -48,10 +56,19 @@ SCHEMAS: dict[str, Any] = {
             ]
         },
     },
-    "1000 properties": {
-        "type": "object",
-        "properties": {f"property_{i}": {"type": "string"} for i in range(1000)},
+    "lengths beside patterns": {
+        "type": "array",
+        "items": {
+            "anyOf": [
+                {"type": "string", "pattern": "^https?://", "maxLength": 2083},
+                {"type": "string", "pattern": "^[^<>]*$", "maxLength": 500},
+                {"type": "string", "pattern": "^[a-z][a-z0-9-]*$", "maxLength": 63},
+            ]
+        },
     },
+    "not blank, up to 500": {"type": "string", "pattern": "\\S", "maxLength": 500},
+    "200 properties": _properties(200),
+    "1000 properties": _properties(1000),
     "enum of 5000": {"type": "array", "items": {"enum": [f"value {i}" for i in range(5000)]}},
     "recursive, 30 types": {
         "$defs": {
@@ -66,6 +83,11 @@ SCHEMAS: dict[str, Any] = {
         "anyOf": [{"$ref": f"#/$defs/t{i}"} for i in range(30)],
     },
 }
+#: Written instead of random tokens, which hardly ever spell a declared name.
+TEXTS = dict.fromkeys(
+    ("200 properties", "1000 properties"),
+    '{"property_17": "abc def, ghi", "property_19": "x y z", "property_149": ""}',
+)
 
 
 class Timer:
@@ -76,12 +98,12 @@ class Timer:
         self._at = 0.0
 
     def start(self) -> None:
-        self._at = time.perf_counter()
+        self._at = time.thread_time()
 
     def lap(self, part: str) -> None:
-        now = time.perf_counter()
+        now = time.thread_time()
         self.parts.setdefault(part, []).append((now - self._at) * 1e3)
-        self._at = time.perf_counter()
+        self._at = time.thread_time()
 
 
 class Model:
@@ -98,8 +120,10 @@ class Model:
         return rng.standard_normal(self._bias.size, np.float32) + self._bias
 
 
-def run(tokenizer: Tokenizer, model: Model, seeds: int, limit: int, **request: Any) -> Timer:
-    """Times of the tokens of a few replies."""
+def run(
+    tokenizer: Tokenizer, model: Model, seeds: int, limit: int, text: str = "", **request: Any
+) -> Timer:
+    """Times of the tokens of a few replies, which are `text` if that is given."""
     timer = Timer()
     for seed in range(seeds):
         timer.start()
@@ -108,7 +132,8 @@ def run(tokenizer: Tokenizer, model: Model, seeds: int, limit: int, **request: A
         assert constraint is not None
         sampler = Sampler(SamplingParams(seed=seed))
         rng = np.random.default_rng(seed)
-        for _ in range(limit):
+        given = tokenizer.encode_text(text)
+        for i in range(len(given) or limit):
             logits = model.logits(rng)
             timer.start()
             try:
@@ -120,6 +145,7 @@ def run(tokenizer: Tokenizer, model: Model, seeds: int, limit: int, **request: A
             timer.lap("plain")
             token = sampler.sample(logits, mask)
             timer.lap("masked")
+            token = given[i] if given else token
             if constraint.may_stop and tokenizer.is_control(token):
                 break
             timer.start()
@@ -155,13 +181,15 @@ def main() -> None:
     start = time.perf_counter()
     vocabulary(tokenizer)
     print(f"vocabulary of {tokenizer.n_vocab:,}: {time.perf_counter() - start:.2f} s, once")
-    print("\nmilliseconds; `applied`: sampler with mask minus without, medians\n")
+    print("\nmilliseconds of CPU; `applied`: sampler with mask minus without, medians\n")
     print("| schema | compile | tokens | mask p50 | p99 | max | accept p50 | p99 | applied |")
     print("|---|---|---|---|---|---|---|---|---|")
     model = Model(tokenizer)
     for name, schema in SCHEMAS.items():
         form = {"type": "json_schema", "json_schema": {"schema": schema}}
-        print(row(name, run(tokenizer, model, args.seeds, args.tokens, response_format=form)))
+        text = TEXTS.get(name, "")
+        timer = run(tokenizer, model, args.seeds, args.tokens, text, response_format=form)
+        print(row(name, timer))
     if args.requests:
         everything = Timer()
         for tools in requests(args.requests):

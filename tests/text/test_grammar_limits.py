@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from typing import Any
 
@@ -125,6 +126,20 @@ def test_costly_schemas_stay_within_limits(tokenizer: Tokenizer, schema: Any) ->
     assert time.process_time() - start < 20
     if whole:
         check_json(schema, tokenizer.decode(ids))
+
+
+@pytest.mark.parametrize("member", [{"type": "string"}, {"type": "integer"}, {}], ids=range(3))
+def test_an_object_of_many_properties_can_be_finished(
+    kimi_tokenizer: Tokenizer, member: Any
+) -> None:
+    schema = {"type": "object", "properties": dict.fromkeys(many(1000), member)}
+    matcher = compiler.vocabulary(kimi_tokenizer).json(prepare(schema, "x"), "x")
+    value = 17 if member == {"type": "integer"} else "a, b"
+    for token in kimi_tokenizer.encode_text(json.dumps({f"p{i}": value for i in (0, 3, 500)})):
+        matcher.compute_bitmask()
+        assert matcher.consume_token(token), matcher.get_error()
+    matcher.compute_bitmask()
+    assert matcher.is_accepting(), matcher.get_error()
 
 
 @pytest.mark.parametrize(

@@ -50,7 +50,8 @@ def _limits() -> LLParserLimits:
     """llguidance's own limits; beyond them a matcher stops with an error.
 
     Fuel is work while compiling (1 M: some 20 ms) and for a token's mask (200 K: some 14 ms);
-    a lexer state takes 1-2 KB; an object has up to four items in a row for each property.
+    a lexer state takes 1-2 KB; an object has up to four items in a row for each property, and a
+    mask up to a hundred for each in all (100 K: 70 ms, for as many properties as there may be).
     """
     from llguidance import LLParserLimits
 
@@ -58,7 +59,7 @@ def _limits() -> LLParserLimits:
         max_items_in_row=50_000,
         initial_lexer_fuel=1_000_000,
         step_lexer_fuel=200_000,
-        step_max_items=50_000,
+        step_max_items=100_000,
         max_lexer_states=20_000,
         max_grammar_size=100_000,
         verbose_errors=False,  # they would quote the schema
