@@ -2,10 +2,10 @@
 
     python -m bench.resident -m MODEL --memory SIZE [--tokens 5000] [--seconds 300]
 
-Decodes random tokens until one of the two is reached; at the end of the context it begins anew.
-Meanwhile a thread looks every 20 ms at what is resident of the process (anonymous memory and mapped
-pages, its own and the files') and, if it runs in a memory cgroup of its own, at what that is
-charged for, the page cache included. Run it in a cgroup whose limit is the budget or little more:
+Decodes random tokens until one of the two is reached, in conversations of 1,024 tokens. Meanwhile
+a thread looks every 20 ms at what is resident of the process (anonymous memory and mapped pages of
+files) and, if it runs in a memory cgroup of its own, at what that is charged for, the
+page cache included. Run it in a cgroup whose limit is the budget or little more:
 
     cgroup v1: mkdir /sys/fs/cgroup/memory/G; echo 5G > .../G/memory.limit_in_bytes;
                echo $$ > .../G/cgroup.procs; python -m bench.resident ...
@@ -31,6 +31,7 @@ from kimi_cpu.store.experts.budget import format_size, parse_size
 _PAGE = 4096
 _EVERY_S = 0.02
 _PARTS = 10
+_CONVERSATION = 1024
 
 
 class Watch(threading.Thread):
@@ -104,7 +105,7 @@ def main() -> None:
             ) < 1:
                 if share * _PARTS >= len(parts) + 1:
                     parts.append(watch.part())
-                if len(session) == config.max_position_embeddings:
+                if len(session) == _CONVERSATION:
                     session.rewind(len(session))
                 session.step(int(rng.integers(config.vocab_size)))
                 done += 1
