@@ -115,7 +115,12 @@ def test_floors_add_up(k2) -> None:
     assert cold.limit_tps == pytest.approx(2e9 / 11.89e9, rel=0.01)
     read_s = 480 * shape.expert_bytes / 2e9
     rest_s = (shape.trunk_bytes + 480 * shape.expert_bytes) / 40e9
-    assert 1 / cold.expected_tps == pytest.approx(read_s + (1 + OTHER) * rest_s, rel=0.01)
+    assert shape.shared_bytes == pytest.approx(3 * 7168 * 2048 * 17 / 16)
+    meanwhile_s = 60 * shape.shared_bytes / 40e9
+    expected_s = read_s - meanwhile_s + (1 + OTHER) * rest_s
+    assert 1 / cold.expected_tps == pytest.approx(expected_s, rel=1e-3)
+    fast = predict(shape, machine(disk=1e13), routing.Given(0.0, shape.all_experts), 64 << 30, 1)
+    assert 1 / fast.expected_tps == pytest.approx((1 + OTHER) * rest_s, rel=1e-3)
     warm = predict(shape, m, routing.Even(shape.all_experts), shape.whole_bytes + (1 << 20), 1)
     assert (warm.hit_rate, warm.disk_bytes, warm.bound, warm.share) == (1.0, 0, "memory", 1.0)
     bytes_read = shape.trunk_bytes + shape.token_expert_bytes

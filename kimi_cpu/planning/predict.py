@@ -1,9 +1,10 @@
 """Rates and times of a model on a machine, from bytes, operations and hit rates.
 
 Decoding. The *limit* is what nothing can beat: the longer of reading a token's missing experts from
-the disk and reading all its weights from memory. What is *expected* is their sum: a layer's experts
-can only be asked for when its router has spoken, and on two cores nothing of the reading was found
-to be hidden behind computing (bench/LOG.md). Loading ahead is not counted on.
+the disk and reading all its weights from memory. What is *expected* is their sum, less the shared
+experts: a layer's experts can only be asked for when its router has spoken, its shared ones are
+computed meanwhile, and more of the reading was not found to be hidden behind computing on two cores
+(bench/LOG.md). Loading ahead is not counted on.
 
 Norms, softmax, rotations and handing work over come on top, `OTHER` of the time of the products.
 
@@ -133,7 +134,9 @@ def _token_s(shape: Shape, machine: Machine, hit_rate: float, context_tokens: in
     n = shape.n_moe_layers * shape.top_k
     if hit_rate >= 1:
         return trunk_s + n * expert_s
-    return trunk_s + n * (expert_s + (1 - hit_rate) * shape.expert_bytes / _disk(machine))
+    reading_s = shape.top_k * (1 - hit_rate) * shape.expert_bytes / _disk(machine)
+    shared_s = shape.shared_bytes / machine.gemv[shape.shared_kind]
+    return trunk_s + n * expert_s + shape.n_moe_layers * max(reading_s - shared_s, 0)
 
 
 def _prompt(shape: Shape, machine: Machine, share: float, tokens: int) -> tuple[float, float]:

@@ -48,6 +48,7 @@ class Shape:
         trunk_kinds: bytes that every token reads besides routed experts, by kind; without the
             embedding, of which it reads one row.
         trunk_ops: additions and multiplications a token makes with them, by kind.
+        shared_kind, shared_bytes: of a layer's shared experts, which belong to the trunk.
         expert_kind, expert_bytes: of one routed expert, as the kernels read it.
         slot_bytes: memory and disk that an expert takes.
         n_moe_layers, n_experts, top_k: layers with experts, experts in one, chosen in one.
@@ -61,6 +62,8 @@ class Shape:
     trunk: str
     trunk_kinds: dict[Kind, int]
     trunk_ops: dict[Kind, int]
+    shared_kind: Kind
+    shared_bytes: int
     expert_kind: Kind
     expert_bytes: int
     slot_bytes: int
@@ -189,19 +192,23 @@ def _shape(
     heads = 2 * config.num_attention_heads * config.num_hidden_layers
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     linear = [kind for kind in kinds if kind != "float" and kinds[kind] > sum(kinds.values()) / 2]
+    expert_size = 3 * config.hidden_size * config.moe_intermediate_size
+    shared_kind: Kind = linear[0] if linear else "float"
     names = {"packed8": "int8", "packed4": "int4", "int4": "int4"}
     return Shape(
         form=form,
         trunk=names[linear[0]] if linear else "bf16",
         trunk_kinds=kinds,
         trunk_ops={kind: int(2 * n * 8 / bits[kind]) for kind, n in kinds.items()},
+        shared_kind=shared_kind,
+        shared_bytes=int(config.n_shared_experts * expert_size * bits[shared_kind] / 8),
         expert_kind=expert_kind,
         expert_bytes=expert_bytes,
         slot_bytes=slot_bytes,
         n_moe_layers=len(config.moe_layers),
         n_experts=config.n_routed_experts,
         top_k=config.num_experts_per_tok,
-        expert_ops=2 * 3 * config.hidden_size * config.moe_intermediate_size,
+        expert_ops=2 * expert_size,
         attention_ops=heads * (config.qk_head_dim + config.v_head_dim),
         context_ops=heads * (latent + config.kv_lora_rank),
         latent_bytes=4 * latent * config.num_hidden_layers,
