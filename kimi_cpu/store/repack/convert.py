@@ -18,8 +18,9 @@ from kimi_cpu.quant import (
     quantize_int8,
 )
 
-#: Elements that are rounded at once: their float32 temporaries stay in the L2 cache.
-_ROUND_ELEMENTS = 1 << 17
+#: Elements that are rounded at once. With fewer, whose float32 temporaries would stay in the L2
+#: cache, threads only wait for the interpreter's lock.
+_ROUND_ELEMENTS = 1 << 19
 
 
 class Deviation(NamedTuple):
