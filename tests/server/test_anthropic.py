@@ -367,7 +367,7 @@ DOCUMENT = {"type": "document", "source": {"type": "file", "file_id": "file_1"}}
         ({"tools": [{"name": "", "input_schema": {}}]}, "tools[0].name: missing"),
         ({"tools": [CALCULATOR, CALCULATOR]}, "tools[1].name: 'calculator' is declared already"),
         ({"tools": [{**CALCULATOR, "strict": True, "input_schema": {
-            "type": "object", "properties": {"x": {"not": {"type": "string"}}}}}]},
+            "type": "object", "properties": {"x": {"not": {"pattern": "a"}}}}}]},
          "tools[0].input_schema.properties.x"),
         ({"tool_choice": {"type": "some"}}, "tool_choice.type: use auto"),
         ({"tool_choice": {"type": "any"}}, "tool_choice: 'required' without tools"),
