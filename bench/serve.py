@@ -166,7 +166,9 @@ async def measure(args: argparse.Namespace, folder: str) -> bool:
                     continue
                 if "together" in args.parts:
                     limits(source)
-                    await complete(client, make(1000), 1)  # brings the experts into memory
+                    # Brings the experts into memory, those of the last layer, too: it is only
+                    # computed where logits are asked for.
+                    await complete(client, make(600), 1, echo=True, logprobs=1)
                     one = None
                     for n in CLIENTS:
                         rate = await together(client, make, n, control)
