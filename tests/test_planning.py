@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -30,7 +31,7 @@ from kimi_cpu.planning.shape import (
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts.budget import make_budget
 from kimi_cpu.store.experts.policy import Frequency
-from kimi_cpu.store.experts.simulation import Recorder, simulate, zipf_trace
+from kimi_cpu.store.experts.simulation import Recorder, read_trace, simulate, zipf_trace
 from kimi_cpu.store.repack import Options, plan_repack, repack
 from kimi_cpu.store.summary import summarise
 from tests.tiny import tiny_checkpoint
@@ -221,6 +222,29 @@ def test_a_recorded_trace_is_replayed(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("{}")
     with pytest.raises(UsageError, match="no trace"):
         routing.recorded(tmp_path / "bad", shape)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs limits of file sizes")
+def test_a_full_disk_ends_the_recording_and_nothing_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import resource
+
+    trace = zipf_trace(500, 2, 384, 8, seed=3)
+    recorder = Recorder(tmp_path / "t", [1, 2], 384, 8)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        for token in trace:
+            recorder.tokens(token[None])
+        recorder.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    [record] = caplog.records
+    assert "routing is recorded no further" in record.getMessage()
+    kept, _ = read_trace(tmp_path / "t")
+    assert 40 < len(kept) < 500
+    np.testing.assert_array_equal(kept, trace[: len(kept)])
 
 
 def test_advice_follows_the_bottleneck(k2) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ import numpy.typing as npt
 
 from kimi_cpu.errors import UsageError
 from kimi_cpu.store.experts.policy import Policy
+
+log = logging.getLogger(__name__)
 
 Trace = npt.NDArray[np.int32]
 
@@ -136,35 +139,35 @@ class Recorder:
         }  # fmt: skip
         try:
             self._file = path.open("w", encoding="utf-8")
+            self._write([head])
         except OSError as exc:
             raise UsageError(
-                f"{path}: cannot be written ({exc.strerror})", "Name another file for the trace."
+                f"{path}: cannot be written ({exc.strerror})",
+                "Name another file for the trace, or make room.",
             ) from None
-        self._write(head)
-        self._flush()
 
     def tokens(self, chosen: Trace) -> None:
-        """Append tokens: int32 [T, L, K]."""
-        for token in chosen.tolist():
-            self._write(token)
-        self._flush()
+        """Append tokens: int32 [T, L, K].
+
+        If the disk is full, what has been written stays, a warning is logged, and that is the end
+        of the recording: what the model says is worth more.
+        """
+        if self._file.closed:
+            return
+        try:
+            self._write(chosen.tolist())
+        except OSError as exc:
+            log.warning("%s: routing is recorded no further (%s)", self.path, exc.strerror)
+            self.close()
 
     def close(self) -> None:
         """Finish the file."""
         with contextlib.suppress(OSError):  # of a full disk, which `tokens` has told
             self._file.close()
 
-    def _write(self, value: Any) -> None:
-        self._file.write(json.dumps(value, separators=(",", ":")) + "\n")
-
-    def _flush(self) -> None:
-        try:
-            self._file.flush()
-        except OSError as exc:
-            raise UsageError(
-                f"{self.path}: cannot be written ({exc.strerror})",
-                "Make room on the disk, or leave out the trace.",
-            ) from None
+    def _write(self, values: list[Any]) -> None:
+        self._file.writelines(json.dumps(v, separators=(",", ":")) + "\n" for v in values)
+        self._file.flush()
 
 
 def read_trace(path: Path) -> tuple[Trace, int]:
