@@ -81,18 +81,22 @@ class Budget:
         return self.slots(0) >= self.n_experts
 
     def slots(self, latent_bytes: int) -> int:
-        """Experts that may be resident beside so many bytes of latents; at most all.
+        """Experts that may be resident beside so many bytes of latents; at most all."""
+        if not self.n_experts:
+            return 0
+        beside = self.beside_experts(latent_bytes)
+        return min((self.expert_bytes - beside) // self.slot_bytes, self.n_experts)
+
+    def beside_experts(self, latent_bytes: int) -> int:
+        """What experts do not get where there are so many bytes of latents.
 
         What is set aside is not given to them while there are fewer.
         """
-        if not self.n_experts:
-            return 0
-        beside = max(latent_bytes, self.latent_bytes)
-        return min((self.expert_bytes - beside) // self.slot_bytes, self.n_experts)
+        return max(latent_bytes, self.latent_bytes)
 
     def _least_bytes(self, latent_bytes: int) -> int:
         experts = self.top_k * self.slot_bytes
-        beside = max(latent_bytes, self.latent_bytes)
+        beside = self.beside_experts(latent_bytes)
         return self.trunk_bytes + self.reserve_bytes + experts + beside
 
     def check(self, latent_bytes: int = 0) -> None:

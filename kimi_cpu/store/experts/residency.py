@@ -228,8 +228,8 @@ class ExpertStore:
         if not self.bounded:
             return 1 << 62
         kept = self.top_k * self._budget.slot_bytes
-        latent_bytes = max(latent_bytes, self._budget.latent_bytes)
-        return max(self._budget.expert_bytes - latent_bytes - kept, 0)
+        beside = self._budget.beside_experts(latent_bytes)
+        return max(self._budget.expert_bytes - beside - kept, 0)
 
     def stats(self) -> ExpertStats:
         """What has happened so far."""
