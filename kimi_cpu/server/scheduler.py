@@ -202,7 +202,7 @@ class Scheduler:
                 return False
             if job.score_top is None:
                 self._prefixes.keep_logits(session)
-            if job.score_top is not None:
+            else:
                 job.give(Scored(job.scores))
                 logits = logits.copy()  # not all of the slice's
         except Exception as error:
