@@ -375,7 +375,8 @@ class _Stage:
 
 def _stages(layout: Layout, one_by_one: bool, done: Collection[tuple[str, int]]) -> list[_Stage]:
     """In order; the shards of each one are released at its end, or all stay in a single stage."""
-    stages = [_Stage([], []) for _ in (layout.source.shards if one_by_one else "1")]
+    n_stages = len(layout.source.shards) if one_by_one else 1
+    stages = [_Stage([], []) for _ in range(n_stages)]
     for piece in layout.pieces:
         if (piece.file, piece.offset) not in done:
             number = max(piece.shards, default=0) if one_by_one else 0
