@@ -289,6 +289,24 @@ def test_routing_is_recorded(published: Path, tmp_path: Path) -> None:
         Engine.load(published, trace=tmp_path)
 
 
+def test_of_a_prompt_the_last_token_is_recorded(
+    published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Engine.load(published, trace=tmp_path / "trace", threads=1) as engine:
+        kernels, chosen = engine._model.kernels, []
+        route = kernels.route
+
+        def noted(*args: object) -> object:
+            chosen.append(route(*args)[0])
+            return route(*args)
+
+        monkeypatch.setattr(kernels, "route", noted)
+        engine.session().sync(range(100))
+        trace, _ = read_trace(tmp_path / "trace")
+    assert [len(ids) for ids in chosen[:-1]] == [100] * (LAYERS - 1)
+    np.testing.assert_array_equal(trace, np.stack([ids[-1:] for ids in chosen[-LAYERS:]], axis=1))
+
+
 def test_statistics_of_a_bounded_engine(published: Path) -> None:
     """Uses and hits add up whether Python or compiled code counts them."""
     with Engine.load(published, memory=memory_for(published, 8), io="direct") as engine:
