@@ -1,6 +1,7 @@
 """Decoding with experts that do not fit into memory, against what disk and memory allow.
 
     python -m bench.streaming -m PACKED [--share 0.1,0.25,0.5] [--tokens 200] [--io direct]
+        [--look-ahead]
 
 The routers' choices are replaced by a made-up trace, so that hit rates can be compared with an
 offline simulation and with plain LRU:
@@ -9,6 +10,10 @@ offline simulation and with plain LRU:
 - a share of the experts in memory, and a trace with popular experts and locality in time
   (`simulation.zipf_trace`). The floor of a token's time is the larger of disk (the bytes of the
   simulation's misses at the probe's rate) and memory (trunk and chosen experts at the reader's).
+
+With --look-ahead the store also reads what is expected one layer before. How often that is right is
+taken from the embedded model, whose routers were trained (`bench.guesses`); made-up traces have no
+routers to ask.
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from kimi_cpu.engine import Engine
 from kimi_cpu.errors import UserError
 from kimi_cpu.kernels import fast
 from kimi_cpu.kernels.bandwidth import DramReader
+from kimi_cpu.kernels.common import ExpertTable
 from kimi_cpu.model import Model
 from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts import probe
@@ -41,32 +47,53 @@ from kimi_cpu.store.summary import summarise
 
 #: Latents of the few hundred tokens that are decoded.
 _LATENT_BYTES = 64 << 20
+#: Of the experts guessed one layer before, best first, the share that is then chosen: what
+#: `python -m bench.guesses` finds in the embedded model, behind its dense layer and in the others.
+_RIGHT_FIRST = (0.50, 0.43, 0.36, 0.36, 0.35, 0.28, 0.24, 0.24)
+_RIGHT = (0.95, 0.87, 0.78, 0.73, 0.67, 0.57, 0.47, 0.41)
 
 
 class TracedKernels(ModuleType):
-    """The compiled kernels with routers that choose what a trace says, token by token."""
+    """The compiled kernels with routers that choose what a trace says, token by token.
 
-    def __init__(self, trace: Trace) -> None:
+    Args:
+        trace: int32 [T, L, K].
+        guesses: likewise, what is expected one layer before.
+    """
+
+    def __init__(self, trace: Trace, guesses: Trace) -> None:
         super().__init__(fast.__name__)
-        self._trace = trace
+        self._trace, self._trace_of_guesses = trace, guesses
         layers, top_k = trace.shape[1:]
-        self._ids = [np.zeros((1, top_k), dtype=np.int32) for _ in range(layers)]
+        self._ids = np.zeros((layers, 1, top_k), dtype=np.int32)
+        self._guesses = np.zeros((layers, 1, top_k), dtype=np.int32)
         self._weights = np.full((1, top_k), 1 / top_k, dtype=np.float32)
-        self._layer = 0
+        self._layer_of: dict[int, int] = {}
 
     def __getattr__(self, name: str) -> Any:
         return getattr(fast, name)
 
     def choose(self, token: int) -> None:
         """The next step is this token of the trace."""
-        for ids, chosen in zip(self._ids, self._trace[token], strict=True):
-            ids[0] = chosen
+        self._ids[:, 0] = self._trace[token]
+        self._guesses[:, 0] = self._trace_of_guesses[token]
 
-    def route(self, *_: Any) -> tuple[Any, Any]:
-        """Called once a layer, in their order, while a pass is recorded."""
-        ids = self._ids[self._layer % len(self._ids)]
-        self._layer += 1
-        return ids, self._weights
+    def route(self, logits: Any, bias: Any, *_: Any) -> tuple[Any, Any]:
+        """Layers are known by their biases; they are met in their order."""
+        return self._ids[self._layer_of.setdefault(id(bias), len(self._layer_of))], self._weights
+
+    def anticipate(self, experts: ExpertTable, ids: Any) -> None:
+        """What the model guesses are the right ones, see `route`: guess as the trace says."""
+        layer = next(i for i, right in enumerate(self._ids) if np.may_share_memory(right, ids))
+        fast.anticipate(experts, self._guesses[layer])
+
+
+def guesses_of(trace: Trace, n_experts: int, seed: int) -> Trace:
+    """The trace with choices replaced by other experts, the more of them the lower the rank."""
+    rng = np.random.default_rng(seed)
+    others = (trace + rng.integers(1, n_experts, trace.shape)) % n_experts
+    right = np.array([_RIGHT_FIRST] + [_RIGHT] * (trace.shape[1] - 1))  # [L, K]
+    return np.where(rng.random(trace.shape) < right, trace, others).astype(np.int32)
 
 
 @dataclass(frozen=True)
@@ -74,21 +101,26 @@ class Measured:
     """Tokens of a trace: the middle of their times, and what the store counted."""
 
     tokens_per_s: float
-    hit_rate: float
+    hit_rate: float  # without what was loaded ahead
+    recall: float  # of what was missing, the part that was loaded ahead
     read_bytes: float  # a token
     wait_s: float  # a token
+    disk_s: float  # a token
 
 
-def decode(folder: Path, trace: Trace, slots: int, skip: int, io: str) -> Measured:
+def decode(
+    folder: Path, trace: Trace, guesses: Trace | None, slots: int, skip: int, io: str
+) -> Measured:
     """Decode a trace with so many experts in memory; the first `skip` tokens are not counted."""
     checkpoint = Checkpoint.open(folder)
     try:
         budget = make_budget(checkpoint, 0)
         memory = budget.trunk_bytes + budget.reserve_bytes + slots * budget.slot_bytes
         store = open_experts(
-            checkpoint, memory=memory + _LATENT_BYTES, io=io, lookahead=False  # type: ignore[arg-type]
+            checkpoint, memory=memory + _LATENT_BYTES, io=io,  # type: ignore[arg-type]
+            lookahead=guesses is not None,
         )  # fmt: skip
-        kernels = TracedKernels(trace)
+        kernels = TracedKernels(trace, trace if guesses is None else guesses)
         model = Model(checkpoint, store, kernels, "fast", hardware.default_threads())
         with Engine(checkpoint, model) as engine:
             session = engine.session()
@@ -102,7 +134,10 @@ def decode(folder: Path, trace: Trace, slots: int, skip: int, io: str) -> Measur
     finally:
         checkpoint.close()
     n = len(trace) - skip
-    return Measured(n / seconds, stats.hit_rate, stats.read_bytes / n, stats.wait_s / n)
+    return Measured(
+        n / seconds, (stats.hits - stats.ahead_hits) / stats.uses, stats.recall,
+        stats.read_bytes / n, stats.wait_s / n, stats.disk_s / n,
+    )  # fmt: skip
 
 
 def drop(checkpoint: Checkpoint) -> None:
@@ -118,6 +153,7 @@ def main() -> None:
     parser.add_argument("--share", default="0.1,0.25,0.5", help="of the experts, in memory")
     parser.add_argument("--tokens", type=int, default=200, help="measured, after as many more")
     parser.add_argument("--io", default="auto", choices=("auto", "mmap", "direct"))
+    parser.add_argument("--look-ahead", action="store_true", help="as well as a trained model")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     shares = [float(part) for part in options.share.split(",") if part]
@@ -144,7 +180,10 @@ def main() -> None:
             slots, skip = round(share * total), n
             trace = zipf_trace(2 * n, layers, experts, top_k, seed=options.seed)
         drop(checkpoint)
-        got = decode(options.folder, trace, slots, skip, options.io)
+        guesses = None
+        if options.look_ahead:
+            guesses = guesses_of(trace, experts, options.seed)
+        got = decode(options.folder, trace, guesses, slots, skip, options.io)
         speeds.append(probe.measure(checkpoint).ceiling)
         dram.append(max(reader.measure(threads).values()))
         ours = simulate(trace, experts, slots, Frequency(total)).hit_rate_after(skip)
@@ -156,7 +195,9 @@ def main() -> None:
         rows.append([
             f"{share:.0%}" if share else "cold", f"{got.tokens_per_s:.2f}", f"{1 / floor_s:.2f}",
             f"{got.tokens_per_s * floor_s:.0%}", f"{got.hit_rate:.3f}", f"{ours:.3f}",
-            f"{lru:.3f}", f"{got.read_bytes / max(misses, 1):.3f}",
+            f"{lru:.3f}", f"{got.recall:.2f}", f"{got.wait_s * 1e3:.0f}",
+            f"{got.disk_s * got.tokens_per_s:.0%}",
+            f"{got.read_bytes / max(misses, 1):.3f}",
             f"{disk_s * 1e3:.1f} / {dram_s * 1e3:.1f}",
             f"{speeds[0] / 1e9:.2f} / {speeds[1] / 1e9:.2f}",
         ])  # fmt: skip
@@ -164,7 +205,8 @@ def main() -> None:
 
 
 _COLUMNS = (
-    "in memory", "tok/s", "floor's", "reached", "hits", "simulated", "LRU", "read / needed",
+    "in memory", "tok/s", "floor's", "reached", "hits", "simulated", "LRU", "ahead",
+    "wait ms", "disk busy", "read / needed",
     "floor ms: disk / memory", "probe GB/s before / after",
 )  # fmt: skip
 

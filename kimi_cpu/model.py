@@ -288,12 +288,18 @@ class Model:
             mlp, done = layer.mlp, i + 1
             # After the last attention no token needs another: only those asked for go on.
             wanted = slice(None) if all_logits or done < len(self.layers) else slice(-1, None)
-            if isinstance(mlp, MoEWeights):
-                self._look_ahead(mlp, layer.post_attention_layernorm, x[wanted])
+            self._read_nearly_all(mlp, len(x[wanted]))
             h = self._rmsnorm(x, layer.input_layernorm)
             x = k.add(x, self._attention(i, h, inputs))[wanted]
             h = self._rmsnorm(x, layer.post_attention_layernorm)
-            x = k.add(x, self._moe(mlp, h) if isinstance(mlp, MoEWeights) else self._mlp(mlp, h))
+            if isinstance(mlp, MoEWeights):
+                ids, weights = self._route(mlp, h)  # [T, K], [T, K]
+                k.request(mlp.experts, ids)  # missing ones are read while others are computed
+                self._look_ahead(done, x)
+                x = k.add(x, self._moe(mlp, h, ids, weights))
+            else:
+                self._look_ahead(done, x)
+                x = k.add(x, self._mlp(mlp, h))
             if progress is not None:
                 progress(done, len(self.layers))
         return self._linear(self._rmsnorm(x, self.norm), self.lm_head)
@@ -402,24 +408,27 @@ class Model:
                     q_nope, q_pe, kv, k_pe, start + run.start, c.softmax_scale, self.threads
                 )
 
-    def _look_ahead(self, w: MoEWeights, norm: Norm, x: F32) -> None:
-        """Have experts read that will probably be chosen, while the attention is computed.
+    def _read_nearly_all(self, mlp: MLPWeights | MoEWeights, tokens: int) -> None:
+        """Begin to read a layer's experts before its attention if its tokens will choose most."""
+        if tokens <= FEW_TOKENS or not isinstance(mlp, MoEWeights):
+            return
+        if tokens * self.config.num_experts_per_tok > NEARLY_ALL * len(mlp.experts):
+            mlp.experts.source.request(range(len(mlp.experts)))
 
-        One token's are guessed: its router is asked about the residual before the attention, x
-        [T, D]. Many tokens choose nearly all experts, so their reading may begin.
+    def _look_ahead(self, i: int, x: F32) -> None:
+        """Have experts read that one token will probably choose in layer i, when the disk is free.
+
+        Its router is asked about the residual one layer before, x [1, D], which changes little
+        from layer to layer.
         """
-        chosen = len(x) * self.config.num_experts_per_tok
-        if len(x) > FEW_TOKENS and chosen > NEARLY_ALL * len(w.experts):
-            w.experts.source.request(range(len(w.experts)))
-        elif len(x) == 1 and self._looks_ahead:
-            self.kernels.anticipate(w.experts, self._route(w, self._rmsnorm(x, norm))[0])
+        layer = self.layers[i] if i < len(self.layers) and self._looks_ahead else None
+        if layer is not None and isinstance(layer.mlp, MoEWeights) and len(x) == 1:
+            h = self._rmsnorm(x, layer.post_attention_layernorm)
+            self.kernels.anticipate(layer.mlp.experts, self._route(layer.mlp, h)[0])
 
-    def _moe(self, w: MoEWeights, x: F32) -> F32:
-        """Routed experts plus the shared one; [T, D] -> [T, D]."""
+    def _moe(self, w: MoEWeights, x: F32, ids: I32, weights: F32) -> F32:
+        """Routed experts plus the shared one; [T, D], [T, K], [T, K] -> [T, D]."""
         k = self.kernels
-        ids, weights = self._route(w, x)  # [T, K], [T, K]
-        k.request(w.experts, ids)
-        # While missing experts are read, those are computed that are there.
         shared = None if w.shared_experts is None else self._mlp(w.shared_experts, x)
         routed: F32 = k.moe(x, w.experts, ids, weights, self.precision, self.threads)
         return routed if shared is None else k.add(routed, shared)

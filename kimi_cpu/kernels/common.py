@@ -182,7 +182,7 @@ class ExpertSource(Protocol):
         """All of `ids` by rising number in groups, each in the table while it is handed out."""
 
     def anticipate(self, ids: Sequence[int]) -> None:
-        """The next pass may want these, best first."""
+        """The next layer may want these, best first."""
 
 
 class AlwaysThere:

@@ -77,7 +77,7 @@ def request(experts: ExpertTable, ids: I32) -> None:
 
 
 def anticipate(experts: ExpertTable, ids: I32) -> None:
-    """The next pass may want these, int32 [1, K], best first: they may be read meanwhile."""
+    """The next layer may want these, int32 [1, K], best first: they may be read meanwhile."""
     experts.source.anticipate(ids[0].tolist())
 
 

@@ -119,7 +119,10 @@ class LayerExperts:
         return self._store.sweep(self, ids)
 
     def anticipate(self, ids: Sequence[int]) -> None:
-        """The next pass through this layer may want these (best first): read some meanwhile."""
+        """This layer, the next one, may want these (best first): read some when the disk is free.
+
+        Called when the router of the layer before, if that has one, has spoken.
+        """
         self._store.anticipate(self, ids)
 
 
@@ -343,12 +346,15 @@ class ExpertStore:
     def anticipate(self, layer: LayerExperts, ids: Sequence[int]) -> None:
         if not self.looks_ahead[0]:
             return
-        self._judge(())  # nobody asked: all that the last layer chose was there
+        if self._guessed:  # nobody asked: all that their layer chose was there
+            self._judge(self._last_choice(min(self._guessed) // self.n_experts))
         with self._changing():
             self._publish()
             room = min(_LOOKAHEAD, self._capacity - 2 * self.top_k)
             room -= sum(load.ahead for load in self._loads.values())
-            likely = {layer.first + int(e) for e in ids}
+            kept = {layer.first + int(e) for e in ids}
+            if layer.first:  # the layer before is computing, even if it had to ask for nothing
+                kept.update(self._last_choice(layer.first // self.n_experts - 1))
             new: list[Load] = []
             for e in ids:
                 number = layer.first + int(e)
@@ -356,7 +362,7 @@ class ExpertStore:
                     break
                 if self._slot_of[number] >= 0 or number in self._loads:
                     continue
-                slot = self._free_slot(self._protected | likely)
+                slot = self._free_slot(self._protected | kept)
                 if slot is None:
                     break
                 new.append(self._start(number, slot, ahead=True))
@@ -406,9 +412,6 @@ class ExpertStore:
                 self._slot_of[number] = load.slot
                 self.policy.admit(number)
                 self._put(number, load.result)
-                if load.ahead and number in self._protected:
-                    self._ahead_hits += 1
-                    self.counters[HITS] += 1
             else:
                 self._backend.evict(load.slot, self._extents(number))
                 self._free.append(load.slot)
@@ -514,16 +517,27 @@ class ExpertStore:
         guessed, self._guessed = self._guessed, set()
         if not guessed:
             return
+        right = guessed.intersection(wanted)
         with self._changing():
-            for number in guessed.difference(wanted):
+            for number in guessed - right:
                 load = self._loads.get(number)
                 if load is not None and load.ahead:
                     self._reader.give_up(load)
-        self._useful.extend(number in wanted for number in guessed)
-        self._ahead_used += len(guessed.intersection(wanted))
+            for number in right:
+                load = self._loads.get(number)
+                in_time = load is not None and load.done and load.error is None
+                self.counters[HITS] += in_time  # the router's own count saw only shelves
+                self._ahead_hits += in_time or self._slot_of[number] >= 0
+        self._useful.extend(number in right for number in guessed)
+        self._ahead_used += len(right)
         if len(self._useful) == _JUDGED and sum(self._useful) < _LEAST_USEFUL * _JUDGED:
             self.looks_ahead[0] = 0
             self._retry_at = self._tokens + _RETRY_TOKENS
+
+    def _last_choice(self, index: int) -> list[int]:
+        """The numbers that the last pass of one token chose in the store's index-th layer."""
+        numbers: list[int] = (self.chosen[index] + index * self.n_experts).tolist()
+        return numbers
 
     def _record(self, recorder: Recorder) -> None:
         """Write down the tokens that passed all layers: of a prompt that is the last one."""

@@ -296,6 +296,41 @@ def test_the_next_layer_gives_up_guesses_that_nobody_asked_about(checkpoint: Che
     store.close()
 
 
+def test_guesses_take_no_room_from_a_layer_that_found_all_it_chose(checkpoint: Checkpoint) -> None:
+    """It asks for nothing, and computes while the next one's are read."""
+    store = open_store(checkpoint, 12, "direct")
+    found = shelves(checkpoint, store)
+    for expert in range(8):  # the least wanted first
+        take(store, 1, [expert])
+    take(store, 2, [0, 1, 2, 3])  # 12 slots are taken
+    chosen = [0, 1, 2, 3]  # the first that would have to go
+    store.layer(1).count(np.array([chosen], dtype=np.int32))
+    store.policy.scores[:] = np.arange(len(store.policy.scores))
+    store.policy.reset(np.flatnonzero(store._slot_of >= 0).tolist())
+    store.layer(2).anticipate([8, 9, 10, 11])
+    store._reader.drain()
+    found[1].check(chosen)
+    assert set(found[1].experts) == set(chosen)
+    store.close()
+
+
+def test_guesses_that_arrived_before_their_router_spoke_were_right(checkpoint: Checkpoint) -> None:
+    """Then the layer finds them, asks for nothing, and the next guess has to judge this one."""
+    store = open_store(checkpoint, 16, "direct")
+    found = shelves(checkpoint, store)
+    store.layer(2).request([0])
+    store.layer(1).anticipate([3, 4, 5, 6])
+    store._reader.drain()
+    assert store.layer(2).arrived([0]) == [0]  # publishes what else is there
+    found[1].check([3, 4, 5, 6])
+    store.layer(1).count(np.array([[3, 4, 5, 9]], dtype=np.int32))
+    store.layer(2).anticipate([1])
+    stats = store.stats()
+    assert (stats.ahead, stats.ahead_used, stats.ahead_hits) == (5, 3, 3)
+    assert (stats.uses, stats.hits) == (4, 3)
+    store.close()
+
+
 def test_what_was_read_of_a_guess_is_let_go(
     checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
