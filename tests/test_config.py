@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.config.reader import load_json_object
 from kimi_cpu.errors import CheckpointError, ConfigError
-from tests.tiny import QUANTIZATION, tiny_config
+from kimi_cpu.store.writer import QUANTIZATION
+from tests.tiny import tiny_config
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.is_dir(), reason="../shared/data is not here")

@@ -11,34 +11,7 @@ import numpy as np
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.quant import f32_to_bf16, quantize_int4
 from kimi_cpu.store.layout import expert_linears, trunk_linears, vectors
-from kimi_cpu.store.writer import NamedTensor, int4_tensors, write_checkpoint
-
-QUANTIZATION: dict[str, Any] = {
-    "config_groups": {
-        "group_0": {
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": {
-                "actorder": None,
-                "block_structure": None,
-                "dynamic": False,
-                "group_size": 32,
-                "num_bits": 4,
-                "observer": "minmax",
-                "observer_kwargs": {},
-                "strategy": "group",
-                "symmetric": True,
-                "type": "int",
-            },
-        }
-    },
-    "format": "pack-quantized",
-    "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", "re:.*mlp.gate.*"],
-    "kv_cache_scheme": None,
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-}
+from kimi_cpu.store.writer import QUANTIZATION, NamedTensor, int4_tensors, write_checkpoint
 
 
 def tiny_config(int4: bool = True, **overrides: Any) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from kimi_cpu.quant import GROUP_SIZE, f32_to_bf16
 from kimi_cpu.store.checkpoint import INDEX_NAME
 from kimi_cpu.store.layout import expert_linears, trunk_linears, vectors
 from kimi_cpu.store.safetensors import NUMPY_DTYPES
+from kimi_cpu.store.writer import QUANTIZATION
 from tools.synthetic_tokenizer import MIN_VOCAB, tokenizer_files
 
 MANIFEST_NAME = "make_synthetic.json"
@@ -132,38 +133,6 @@ TINY = Size(
         "v_head_dim": 16,
     },
 )
-
-QUANTIZATION: dict[str, Any] = {
-    "config_groups": {
-        "group_0": {
-            "input_activations": None,
-            "output_activations": None,
-            "targets": ["Linear"],
-            "weights": {
-                "actorder": None,
-                "block_structure": None,
-                "dynamic": False,
-                "group_size": GROUP_SIZE,
-                "num_bits": 4,
-                "observer": "minmax",
-                "observer_kwargs": {},
-                "strategy": "group",
-                "symmetric": True,
-                "type": "int",
-            },
-        }
-    },
-    "format": "pack-quantized",
-    "ignore": [
-        "lm_head",
-        "re:.*self_attn.*",
-        "re:.*shared_experts.*",
-        "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
-    ],
-    "kv_cache_scheme": None,
-    "quant_method": "compressed-tensors",
-    "quantization_status": "compressed",
-}
 
 
 def config_values(arguments: Arguments) -> dict[str, Any]:

@@ -14,12 +14,45 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from kimi_cpu.quant import Int4Weight
+from kimi_cpu.quant import GROUP_SIZE, Int4Weight
 from kimi_cpu.store.checkpoint import INDEX_NAME, SINGLE_NAME
 from kimi_cpu.store.safetensors import NUMPY_DTYPES
 
 #: (name, array, dtype tag): uint16 bits for "BF16", float32 for "F32", "I32", "I64".
 NamedTensor = tuple[str, npt.NDArray[Any], str]
+
+#: `quantization_config` of a config.json, as published: what `int4_tensors` makes of experts.
+QUANTIZATION: dict[str, Any] = {
+    "config_groups": {
+        "group_0": {
+            "input_activations": None,
+            "output_activations": None,
+            "targets": ["Linear"],
+            "weights": {
+                "actorder": None,
+                "block_structure": None,
+                "dynamic": False,
+                "group_size": GROUP_SIZE,
+                "num_bits": 4,
+                "observer": "minmax",
+                "observer_kwargs": {},
+                "strategy": "group",
+                "symmetric": True,
+                "type": "int",
+            },
+        }
+    },
+    "format": "pack-quantized",
+    "ignore": [
+        "lm_head",
+        "re:.*self_attn.*",
+        "re:.*shared_experts.*",
+        "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
+    ],
+    "kv_cache_scheme": None,
+    "quant_method": "compressed-tensors",
+    "quantization_status": "compressed",
+}
 
 
 def int4_tensors(name: str, weight: Int4Weight, shape_dtype: str = "I32") -> Iterator[NamedTensor]:
