@@ -16,7 +16,7 @@ from numba.core import types
 from kimi_cpu import hardware
 from kimi_cpu.kernels import isa
 from kimi_cpu.kernels.common import address
-from kimi_cpu.kernels.simd import I32, Emit, I32x16, const, intrinsic, store_i32
+from kimi_cpu.kernels.simd import I32, Emit, I32x16, const, literal_intrinsic, store_i32
 from kimi_cpu.kernels.threads import load_args, op_of, run
 
 #: Memory that a reader passes over, if the machine has it to spare.
@@ -27,112 +27,56 @@ _MIN_BLOCKS = 8
 _PREFETCH_BYTES = 1024
 
 
-def _emit_read(builder: Any, args: Any, streams: int, prefetch: bool) -> Any:
-    """Sum the int32 of args[1] bytes at args[0], in `streams` streams."""
-    e = Emit(builder)
-    sums = [e.variable(const(I32x16, 0)) for _ in range(streams)]
-    length = builder.sdiv(args[1], e.i64(streams))
-    with e.loop(0, length, 64) as i:
-        for k, total in enumerate(sums):
-            at = e.add(e.add(args[0], e.mul(length, k)), i)
-            if prefetch:
-                e.prefetch(at, _PREFETCH_BYTES)
-            e.set(total, builder.add(e.get(total), e.load(I32x16, at)))
-    total = e.get(sums[0])
-    for other in sums[1:]:
-        total = builder.add(total, e.get(other))
-    return builder.extract_element(total, const(I32, 0))
+@literal_intrinsic
+def _sum_block(typingctx: Any, streams: Any, prefetch: Any, addr: Any, n_bytes: Any) -> Any:
+    """The sum of the int32 in n_bytes at addr, read in so many streams; the first two literals."""
+    n_streams, prefetches = streams.literal_value, prefetch.literal_value
 
-
-# Made one by one at module level: Numba does not cache code with intrinsics made by a factory.
-
-
-@intrinsic
-def _read_1(typingctx: Any, addr: Any, n_bytes: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _emit_read(builder, args, 1, False)
+        e = Emit(builder)
+        addr, n_bytes = args[2:]
+        sums = [e.variable(const(I32x16, 0)) for _ in range(n_streams)]
+        length = builder.sdiv(n_bytes, e.i64(n_streams))
+        with e.loop(0, length, 64) as i:
+            for k, total in enumerate(sums):
+                at = e.add(e.add(addr, e.mul(length, k)), i)
+                if prefetches:
+                    e.prefetch(at, _PREFETCH_BYTES)
+                e.set(total, builder.add(e.get(total), e.load(I32x16, at)))
+        total = e.get(sums[0])
+        for other in sums[1:]:
+            total = builder.add(total, e.get(other))
+        return builder.extract_element(total, const(I32, 0))
 
-    return types.int32(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _read_4(typingctx: Any, addr: Any, n_bytes: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _emit_read(builder, args, 4, True)
-
-    return types.int32(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _read_8(typingctx: Any, addr: Any, n_bytes: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _emit_read(builder, args, 8, False)
-
-    return types.int32(types.int64, types.int64), codegen
-
-
-@intrinsic
-def _read_8_prefetch(typingctx: Any, addr: Any, n_bytes: Any) -> Any:
-    def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return _emit_read(builder, args, 8, True)
-
-    return types.int32(types.int64, types.int64), codegen
-
-
-# The sums are stored so that the compiler does not leave the loads out.
+    return types.int32(streams, prefetch, types.int64, types.int64), codegen
 
 
 @isa.jit
-def _range_1(addr, block_bytes, sink, start, stop):  # type: ignore[no-untyped-def]
+def _read_blocks(reader, addr, block_bytes, sink, start, stop):  # type: ignore[no-untyped-def]
+    """Pass over blocks [start, stop) of block_bytes at addr, as one of READERS does.
+
+    The sums are stored, or the compiler would leave the loads out: the last block's at sink.
+    """
     for block in range(start, stop):
-        store_i32(sink, _read_1(addr + block * block_bytes, block_bytes))
+        at = addr + block * block_bytes
+        if reader == 0:
+            total = _sum_block(1, 0, at, block_bytes)
+        elif reader == 1:
+            total = _sum_block(4, 1, at, block_bytes)
+        elif reader == 2:
+            total = _sum_block(8, 0, at, block_bytes)
+        else:
+            total = _sum_block(8, 1, at, block_bytes)
+        store_i32(sink, total)
 
 
-@op_of(_range_1)
-def _op_1(args, start, stop):  # type: ignore[no-untyped-def]
-    _range_1(*load_args(args, 3), start, stop)
+@op_of(_read_blocks)
+def _op(args, start, stop):  # type: ignore[no-untyped-def]
+    _read_blocks(*load_args(args, 4), start, stop)
 
 
-@isa.jit
-def _range_4(addr, block_bytes, sink, start, stop):  # type: ignore[no-untyped-def]
-    for block in range(start, stop):
-        store_i32(sink, _read_4(addr + block * block_bytes, block_bytes))
-
-
-@op_of(_range_4)
-def _op_4(args, start, stop):  # type: ignore[no-untyped-def]
-    _range_4(*load_args(args, 3), start, stop)
-
-
-@isa.jit
-def _range_8(addr, block_bytes, sink, start, stop):  # type: ignore[no-untyped-def]
-    for block in range(start, stop):
-        store_i32(sink, _read_8(addr + block * block_bytes, block_bytes))
-
-
-@op_of(_range_8)
-def _op_8(args, start, stop):  # type: ignore[no-untyped-def]
-    _range_8(*load_args(args, 3), start, stop)
-
-
-@isa.jit
-def _range_8_prefetch(addr, block_bytes, sink, start, stop):  # type: ignore[no-untyped-def]
-    for block in range(start, stop):
-        store_i32(sink, _read_8_prefetch(addr + block * block_bytes, block_bytes))
-
-
-@op_of(_range_8_prefetch)
-def _op_8_prefetch(args, start, stop):  # type: ignore[no-untyped-def]
-    _range_8_prefetch(*load_args(args, 3), start, stop)
-
-
-#: name -> kernel(address, block_bytes, address of any 4 bytes, first block, end).
-READERS: dict[str, Any] = {
-    "1 stream": _range_1,
-    "4 streams, prefetch": _range_4,
-    "8 streams": _range_8,
-    "8 streams, prefetch": _range_8_prefetch,
-}
+#: The ways of reading; their places are the numbers that `_read_blocks` knows them by.
+READERS = ("1 stream", "4 streams, prefetch", "8 streams", "8 streams, prefetch")
 
 
 class DramReader:
@@ -162,9 +106,10 @@ class DramReader:
         """One pass of one of READERS over the buffer (or its first blocks): bytes a second."""
         n_blocks = n_blocks or self._n_blocks
         n_bytes = n_blocks * BLOCK_BYTES
-        args = (address(self._buffer), BLOCK_BYTES, address(self._sink))
+        buffer, sink = address(self._buffer), address(self._sink)
+        args = (READERS.index(reader), buffer, BLOCK_BYTES, sink)
         begin = time.perf_counter()
-        run(READERS[reader], args, (self._buffer,), n_blocks, 1, threads, n_bytes)
+        run(_read_blocks, args, (self._buffer,), n_blocks, 1, threads, n_bytes)
         return n_bytes / (time.perf_counter() - begin)
 
     def measure(self, threads: int) -> dict[str, float]:
