@@ -28,7 +28,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import hashlib
 import json
+import os
 import platform
 import re
 import shlex
@@ -58,6 +60,8 @@ RESULTS = ROOT / "bench" / "results"
 
 #: Left free on the disk beside the GGUF files.
 SPARE_BYTES = 2_000_000_000
+#: Of a weight file's either end, to tell checkpoints apart.
+SAMPLE_BYTES = 1 << 16
 
 
 def our_turn(folder: Path, tests: list[Test], threads: int, repetitions: int, seed: int) -> Turn:
@@ -213,12 +217,29 @@ def write_gguf(python: str, folder: Path, path: Path, trunk: str) -> None:
     part.rename(path)
 
 
+def fingerprint(folder: Path) -> str:
+    """Of a checkpoint's config and weights, whatever their folder is called and however old.
+
+    Names, sizes, and the first and last bytes: reading all would take as long as converting.
+    """
+    digest = hashlib.sha256()
+    weights = [*folder.glob("*.safetensors"), *folder.glob("*.kcpu")]
+    for path in [folder / "config.json", *sorted(weights)]:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(f"{path.name} {size} ".encode())
+            for at in (0, max(size - SAMPLE_BYTES, 0)):
+                file.seek(at)
+                digest.update(file.read(SAMPLE_BYTES))
+    return digest.hexdigest()[:12]
+
+
 def gguf_file(python: str, source: Path, folder: Path, trunk: str) -> Path:
-    """The GGUF file of `source` in `folder`, written if it is not there or older."""
-    path = folder.resolve() / f"{source.resolve().name}-{trunk}.gguf"
-    newest = max(file.stat().st_mtime for file in source.iterdir())
-    if not path.exists() or path.stat().st_mtime < newest:
-        write_gguf(python, source.resolve(), path, trunk)
+    """The GGUF file of `source` in `folder`, written if it is not there."""
+    source = source.resolve()
+    path = folder.resolve() / f"{source.name}-{fingerprint(source)}-{trunk}.gguf"
+    if not path.exists():
+        write_gguf(python, source, path, trunk)
     return path
 
 

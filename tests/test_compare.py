@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -241,21 +243,32 @@ def test_two_models_of_one_kind_are_refused(tiny, tmp_path, no_processes, capfd)
     assert "two models keep their weights as bf16" in capfd.readouterr().err
 
 
-def test_a_gguf_file_is_kept_until_the_model_is_newer(tiny, tmp_path, monkeypatch):
+def test_a_gguf_file_is_kept_for_the_same_weights(tiny, tmp_path, monkeypatch):
     written = []
 
     def write(python: str, source: Path, path: Path, trunk: str) -> None:
         path.write_bytes(b"")
-        written.append((path.name, trunk))
+        written.append((path, trunk))
 
     monkeypatch.setattr(compare, "write_gguf", write)
-    for _ in range(2):
-        path = compare.gguf_file("python", tiny, tmp_path, "bf16")
-    assert path == tmp_path.resolve() / f"{tiny.name}-bf16.gguf"
-    assert written == [(path.name, "bf16")]
-    os.utime(path, (0, 0))
-    compare.gguf_file("python", tiny, tmp_path, "bf16")
-    assert len(written) == 2
+    path = compare.gguf_file("python", tiny, tmp_path, "bf16")
+    assert written == [(path, "bf16")]
+    assert re.fullmatch(rf"{tiny.name}-[0-9a-f]{{12}}-bf16\.gguf", path.name)
+    assert path.parent == tmp_path.resolve()
+    # A copy, whenever it was made, or with other files beside the weights.
+    copy = shutil.copytree(tiny, tmp_path / "copy" / tiny.name)
+    (copy / "notes.txt").write_text("")
+    os.utime(copy / "config.json")
+    assert compare.gguf_file("python", copy, tmp_path, "bf16") == path and len(written) == 1
+    shards = sorted(copy.glob("*.safetensors"))
+    for shard in (shards[0], shards[-1]):
+        with shard.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            last = file.read(1)[0]
+            file.seek(-1, os.SEEK_END)
+            file.write(bytes([last ^ 1]))
+        compare.gguf_file("python", copy, tmp_path, "bf16")
+    assert len({path for path, _ in written}) == len(written) == 3
 
 
 @pytest.mark.parametrize(
