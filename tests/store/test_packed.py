@@ -31,7 +31,7 @@ from kimi_cpu.store.packed import BLOCKS, PackedCheckpoint, scales
 from kimi_cpu.store.repack import Options, plan_repack, repack
 from kimi_cpu.store.summary import summarise
 from tests.store.raw import change_bytes, read_or_refuse, read_raw, write_raw
-from tests.store.test_checkpoint import rewrite
+from tests.store.test_checkpoint import fails, rewrite
 from tests.test_config import wrap
 from tests.tiny import tiny_checkpoint, tiny_config
 
@@ -59,16 +59,6 @@ def good(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(good: Path, tmp_path: Path) -> Path:
     """A copy to be spoilt."""
     return Path(shutil.copytree(good, tmp_path / "copy"))
-
-
-def fails(folder: Path, problem: str, *named: str) -> CheckpointError:
-    """Opening must fail with one line that holds `problem` and names what is wrong."""
-    with pytest.raises(CheckpointError, match=problem) as caught:
-        Checkpoint.open(folder)
-    for text in named:
-        assert text in caught.value.message
-    assert caught.value.hint and caught.value.message.isprintable()
-    return caught.value
 
 
 @pytest.mark.parametrize("form", ["int8", "bf16", "int4"])
