@@ -11,7 +11,7 @@ import pytest
 from kimi_cpu.engine import Engine, Session
 from kimi_cpu.errors import CheckpointError, ContextError, UsageError
 from kimi_cpu.kernels.common import BLOCK_TOKENS
-from kimi_cpu.store.repack import Options, plan_repack, repack
+from kimi_cpu.store.repack import plan_repack, repack
 from tests.tiny import tiny_checkpoint
 
 CONTEXT = 1400
@@ -28,9 +28,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     )  # fmt: skip
     if request.param != "packed":
         return folder
-    target = tmp_path_factory.mktemp("packed") / "out"
-    repack(plan_repack(folder, target, Options()))
-    return target
+    return repack(plan_repack(folder, tmp_path_factory.mktemp("packed"))).target
 
 
 @pytest.fixture(scope="module", params=["exact", "fast"])

@@ -20,7 +20,7 @@ from kimi_cpu.engine import Engine, Session
 from kimi_cpu.kernels.common import BLOCK_TOKENS, MIXED
 from kimi_cpu.prefixes import PrefixCache
 from kimi_cpu.quant import F32, dequantize, f32_to_bf16
-from kimi_cpu.store.repack import Options, plan_repack, repack
+from kimi_cpu.store.repack import plan_repack, repack
 from tests.tiny import tiny_checkpoint, tiny_config
 
 #: Control tokens of the tiny model.
@@ -43,9 +43,7 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     write_tokens(folder)
     if request.param == "published":
         return folder
-    target = tmp_path_factory.mktemp("packed") / "out"
-    repack(plan_repack(folder, target, Options()))
-    return target
+    return repack(plan_repack(folder, tmp_path_factory.mktemp("packed"))).target
 
 
 @pytest.fixture(scope="module", params=["exact", "fast"])

@@ -74,6 +74,20 @@ class Live:
                         yield json.loads(line[6:])
         assert done
 
+    def events(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        """The events of a stream, each of which has its type as its name."""
+        with self.client.stream("POST", path, json={**body, "stream": True}) as response:
+            assert response.status_code == 200, response.read()
+            assert response.headers["content-type"].startswith("text/event-stream")
+            name = None
+            for line in response.iter_lines():
+                if line.startswith("event: "):
+                    name = line[7:]
+                elif line.startswith("data: "):
+                    event = json.loads(line[6:])
+                    assert event["type"] == name
+                    yield event
+
 
 def until(true: Callable[[], bool], timeout_s: float = 10) -> None:
     """Wait until something is true."""

@@ -35,20 +35,8 @@ def ask(live, content="hi", **fields):
 
 
 def events_of(live, content="hi", **fields):
-    """The events of a stream: each has its type as its name."""
-    body = {"max_tokens": 1000, "messages": user(content), "stream": True, **fields}
-    events = []
-    with live.client.stream("POST", "/v1/messages", json=body) as response:
-        assert response.status_code == 200, response.read()
-        assert response.headers["content-type"].startswith("text/event-stream")
-        name = None
-        for line in response.iter_lines():
-            if line.startswith("event: "):
-                name = line[7:]
-            elif line.startswith("data: "):
-                events.append(json.loads(line[6:]))
-                assert events[-1]["type"] == name
-    return events
+    body = {"max_tokens": 1000, "messages": user(content), **fields}
+    return list(live.events("/v1/messages", body))
 
 
 def test_an_answer_of_the_nano_model(nano):

@@ -6,21 +6,9 @@ import json
 
 import pytest
 
+from kimi_cpu.chat.tools import CALCULATOR
 from tests.cli.fake import call
 from tests.server.live import joined
-
-CALCULATOR = {
-    "type": "function",
-    "function": {
-        "name": "calculator",
-        "description": "Evaluate an arithmetic expression.",
-        "parameters": {
-            "type": "object",
-            "properties": {"expression": {"type": "string"}},
-            "required": ["expression"],
-        },
-    },
-}
 
 
 def user(content):

@@ -9,8 +9,8 @@ import pytest
 
 openai = pytest.importorskip("openai")
 
+from kimi_cpu.chat.tools import CALCULATOR  # noqa: E402
 from tests.server.live import Live, until  # noqa: E402
-from tests.server.test_chat import CALCULATOR  # noqa: E402
 
 QUESTION = [{"role": "user", "content": "What is 318 * 27?"}]
 

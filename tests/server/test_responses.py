@@ -32,19 +32,9 @@ def ask(live, content="hi", **fields):
 
 
 def events_of(live, content="hi", **fields):
-    """The events of a stream: numbered, each with its type as its name."""
-    body = {"input": content, "stream": True, **fields}
-    events = []
-    with live.client.stream("POST", "/v1/responses", json=body) as response:
-        assert response.status_code == 200, response.read()
-        name = None
-        for line in response.iter_lines():
-            if line.startswith("event: "):
-                name = line[7:]
-            elif line.startswith("data: "):
-                events.append(json.loads(line[6:]))
-                assert events[-1]["type"] == name
-                assert events[-1]["sequence_number"] == len(events) - 1
+    """The events of a stream, which are numbered."""
+    events = list(live.events("/v1/responses", {"input": content, **fields}))
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
     return events
 
 
