@@ -73,8 +73,9 @@ class FormRule:
         expanded: Bools = far_enough & (ids[begins] != self.assistant)
         return expanded
 
-    def keys(self, ids: I64) -> Keys:
+    def keys(self, ids: Sequence[int] | I64) -> Keys:
         """The keys of a prompt's tokens, int32 [T]."""
+        ids = np.asarray(ids, dtype=np.int64)
         return (ids + EXPANDED * self.expanded(ids)).astype(np.int32)
 
 

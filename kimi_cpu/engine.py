@@ -136,9 +136,9 @@ class Engine:
         """A new, empty timeline."""
         return Session(self._model)
 
-    def keys(self, ids: Iterable[int]) -> Keys:
+    def keys(self, ids: Sequence[int] | Ids) -> Keys:
         """What tells apart the latents of a prompt's tokens, int32 [T]; see `attention_form`."""
-        return self._model.forms.keys(np.array(list(ids), dtype=np.int64))
+        return self._model.forms.keys(ids)
 
     def step(self, sessions: Sequence[Session], tokens: Sequence[int]) -> F32:
         """Append one token to each of several sessions, all in one pass over the weights.
@@ -247,9 +247,9 @@ class Session:
         """Bytes allocated for latents now."""
         return self._cache.nbytes
 
-    def common_prefix(self, ids: Iterable[int]) -> int:
+    def common_prefix(self, ids: Sequence[int] | Ids) -> int:
         """How many tokens of `ids` a `sync` would find already computed."""
-        return self._known(self._model.forms.keys(np.array(list(ids), dtype=np.int64)))
+        return self._known(self._model.forms.keys(ids))
 
     def sync(self, ids: Iterable[int], progress: Progress | None = None) -> F32:
         """Make the timeline equal to `ids`, reusing the longest common prefix.
