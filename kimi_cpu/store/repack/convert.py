@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,11 @@ class Deviation(NamedTuple):
 
 
 EXACT = Deviation(0.0, 0.0, 0.0)
+
+
+#: What does `round_rows`' work: it writes the same bytes and returns the same figures; only their
+#: sums may be added up in another order.
+RoundRows = Callable[["U16 | F32", int, U8], tuple[float, float, float]]
 
 
 def round_rows(w: U16 | F32, bits: int, out: U8) -> Deviation:

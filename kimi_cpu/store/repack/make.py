@@ -25,7 +25,7 @@ from kimi_cpu.quant import (
     unpack,
 )
 from kimi_cpu.store.layout import PROJECTIONS
-from kimi_cpu.store.repack.convert import EXACT, Deviation, measure, round_rows
+from kimi_cpu.store.repack.convert import EXACT, Deviation, RoundRows, measure
 from kimi_cpu.store.repack.files import Scratch, TensorReader
 from kimi_cpu.store.repack.plan import (
     BytesJob,
@@ -41,7 +41,7 @@ _CHECK_ROW_BLOCKS = 8
 
 
 def make_piece(
-    layout: Layout, piece: Piece, reader: TensorReader, scratch: Scratch
+    layout: Layout, piece: Piece, reader: TensorReader, scratch: Scratch, round_rows: RoundRows
 ) -> tuple[U8, Deviation]:
     """The piece's bytes, uint8 [length] in scratch memory, and what rounding changed.
 
@@ -65,7 +65,8 @@ def make_piece(
         return out, EXACT
     dense = _dense(reader, job)
     bits = _bits(job)
-    return out, round_rows(dense, bits, out.reshape(packed_shape(len(dense), dense.shape[1], bits)))
+    blocks = out.reshape(packed_shape(len(dense), dense.shape[1], bits))
+    return out, Deviation(*round_rows(dense, bits, blocks))
 
 
 def check_piece(

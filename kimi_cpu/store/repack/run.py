@@ -8,13 +8,13 @@ import math
 import os
 import shutil
 import threading
-import zlib
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from isal.isal_zlib import crc32
 
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import CheckpointError, UsageError, UserError
@@ -27,7 +27,7 @@ from kimi_cpu.store.manifest import (
     Rounding,
     WeightFile,
 )
-from kimi_cpu.store.repack.convert import EXACT, Deviation
+from kimi_cpu.store.repack.convert import EXACT, Deviation, RoundRows, round_rows
 from kimi_cpu.store.repack.plan import Layout, Options, Piece, RowsJob
 from kimi_cpu.store.repack.progress import Done, Progress, sync_folder, write_atomically
 from kimi_cpu.store.repack.source import Header, Source, shard_names
@@ -215,6 +215,7 @@ def repack(
     shards: Shards | None = None,
     threads: int | None = None,
     on_bytes: OnBytes = lambda n_bytes: None,
+    round_rows: RoundRows = round_rows,
 ) -> Report:
     """Carry out a plan, from where it was left off if it was interrupted.
 
@@ -222,6 +223,7 @@ def repack(
         shards: where they come from; local ones that stay by default.
         threads: how many; they read, compute and write.
         on_bytes: told as the work proceeds.
+        round_rows: rounds dense weights; `kernels.rounding` has a faster one.
 
     Raises:
         CheckpointError: the source is damaged (found while reading it).
@@ -237,7 +239,10 @@ def repack(
     progress = plan.progress
     try:
         progress.begin(_state(plan.layout), plan.layout.source.headers)
-        _write_pieces(plan, shards, threads or default_threads(), on_bytes)
+        workers = Workers(
+            plan.layout, progress.folder, threads or default_threads(), True, round_rows
+        )
+        _write_pieces(plan, shards, workers, on_bytes)
         manifest = _complete(plan)
         progress.publish()
     except OSError as exc:
@@ -304,7 +309,7 @@ def _needed_bytes(layout: Layout, progress: Progress, frees: bool) -> int:
     return peak
 
 
-def _write_pieces(plan: Plan, shards: Shards, threads: int, on_bytes: OnBytes) -> None:
+def _write_pieces(plan: Plan, shards: Shards, workers: Workers, on_bytes: OnBytes) -> None:
     """Stage by stage; meanwhile the next stage's shards are fetched."""
     layout, progress = plan.layout, plan.progress
     for name in (*layout.expert_files, *layout.trunk_files):
@@ -314,7 +319,7 @@ def _write_pieces(plan: Plan, shards: Shards, threads: int, on_bytes: OnBytes) -
         (stage, _Fetch(shards, [layout.source.shards[n].path for n in sorted(stage.shards)]))
         for stage in _stages(layout, shards.frees, progress.done)
     ]
-    with Workers(layout, progress.folder, threads, write=True) as workers:
+    with workers:
         stages[0][1].start()
         for i, (stage, fetch) in enumerate(stages):
             fetch.finish()
@@ -471,7 +476,7 @@ def _complete(plan: Plan) -> Manifest:
     for path in plan.copied:
         data = path.read_bytes()
         write_atomically(progress.folder / path.name, data)
-        copied.append(CopiedFile(path.name, len(data), zlib.crc32(data)))
+        copied.append(CopiedFile(path.name, len(data), crc32(data)))
     deviations = by_tensor(layout, progress.done)
     manifest = Manifest(
         source=layout.source.identity,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+from isal.isal_zlib import crc32
 
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import CheckpointError
@@ -79,8 +80,10 @@ def verify(
     threads = threads or default_threads()
     n_bytes, n_chunks = _check_copied(folder, manifest)
     if source_folder is None:
-        for file, chunk, crc32 in _checksums(folder, manifest, threads):
-            _expect(chunk.crc32 == crc32, folder / file.name, chunk.offset, "the checksum is wrong")
+        for file, chunk, checksum in _checksums(folder, manifest, threads):
+            _expect(
+                chunk.crc32 == checksum, folder / file.name, chunk.offset, "the checksum is wrong"
+            )
             on_bytes(chunk.length)
             n_bytes += chunk.length
             n_chunks += 1
@@ -148,7 +151,7 @@ def _check_copied(folder: Path, manifest: Manifest) -> tuple[int, int]:
             data = path.read_bytes()
         except OSError as exc:
             raise CheckpointError(f"{path}: {exc.strerror}", "Copy it from the source.") from None
-        _expect(zlib.crc32(data) == file.crc32, path, 0, "is not what was copied from the source")
+        _expect(crc32(data) == file.crc32, path, 0, "is not what was copied from the source")
     return sum(file.n_bytes for file in manifest.copied), len(manifest.copied)
 
 
@@ -164,13 +167,13 @@ def _checksums(
             local.files, local.scratch = Files(), Scratch(_READ_BYTES + 8192)
             opened.append(local.files)
         file, chunk = item
-        path, crc32 = folder / file.name, 0
+        path, found = folder / file.name, 0
         for begin in range(chunk.offset, chunk.offset + chunk.length, _READ_BYTES):
             local.scratch.clear()
             length = min(_READ_BYTES, chunk.offset + chunk.length - begin)
             local.files.forget(path, begin, length)  # so that the disk is asked
-            crc32 = zlib.crc32(local.files.read(path, begin, length, local.scratch).data, crc32)
-        return file, chunk, crc32
+            found = crc32(local.files.read(path, begin, length, local.scratch).data, found)
+        return file, chunk, found
 
     files = (*manifest.expert_files, *manifest.trunk_files)
     items = ((file, chunk) for file in files for chunk in file.chunks)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import islice
@@ -11,7 +10,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar
 
+from isal.isal_zlib import crc32
+
 from kimi_cpu import hardware
+from kimi_cpu.store.repack.convert import RoundRows, round_rows
 from kimi_cpu.store.repack.files import Files, Scratch, TensorReader
 from kimi_cpu.store.repack.make import check_piece, make_piece
 from kimi_cpu.store.repack.plan import Layout, Piece, worker_bytes
@@ -83,12 +85,21 @@ class Workers:
         folder: the folder that holds, or will hold, the packed checkpoint.
         threads: how many.
         write: whether pieces are written, not only read.
+        round_rows: rounds dense weights.
     """
 
-    def __init__(self, layout: Layout, folder: Path, threads: int, write: bool) -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        folder: Path,
+        threads: int,
+        write: bool,
+        round_rows: RoundRows = round_rows,
+    ) -> None:
         self._layout = layout
         self._folder = folder
         self._write = write
+        self._round_rows = round_rows
         self._local = threading.local()
         self._all: list[_Worker] = []
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="repack")
@@ -132,9 +143,11 @@ class Workers:
 
     def _make(self, piece: Piece) -> Done:
         worker = self._worker()
-        data, deviation = make_piece(self._layout, piece, worker.reader, worker.scratch)
+        data, deviation = make_piece(
+            self._layout, piece, worker.reader, worker.scratch, self._round_rows
+        )
         worker.target.write(self._folder / piece.file, piece.offset, data)
-        return Done(piece.file, piece.offset, piece.length, zlib.crc32(data.data), deviation)
+        return Done(piece.file, piece.offset, piece.length, crc32(data.data), deviation)
 
     def _check(self, piece: Piece) -> tuple[Piece, bool, Done]:
         worker = self._worker()
@@ -142,5 +155,5 @@ class Workers:
         worker.target.forget(path, piece.offset, piece.length)  # so that the disk is asked
         data = worker.target.read(path, piece.offset, piece.length, worker.scratch)
         equal, deviation = check_piece(self._layout, piece, data, worker.reader)
-        found = Done(piece.file, piece.offset, piece.length, zlib.crc32(data.data), deviation)
+        found = Done(piece.file, piece.offset, piece.length, crc32(data.data), deviation)
         return piece, equal, found
