@@ -251,10 +251,10 @@ class Model:
         tokens = len(ids) // len(caches)
         for cache in caches:
             cache.reserve(tokens)
-        inputs = self._inputs(ids, caches, absorbed, expanded)
         beside = self.latent_bytes() + max(len(ids) * self.token_bytes - PASS_RESERVE, 0)
         try:
             with self.experts.passing(len(ids), beside):
+                inputs = self._inputs(ids, caches, absorbed, expanded)
                 if tokens == 1 and not expanded and self._can_replay(len(ids)):
                     logits = self._replay(inputs)
                 else:

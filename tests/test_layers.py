@@ -21,6 +21,7 @@ LAYERS = [
     ("store", 1),
     ("kernels", 1),
     ("attention_form", 2),
+    ("bus_error", 2),
     ("model", 2),
     ("kv_cache", 2),
     ("sampling", 2),

@@ -115,6 +115,7 @@ def command(
     thread_counts = threads or [hardware.default_threads()]
     if not isa.is_cached():
         note("Compiling the kernels for this CPU, only this once (up to a minute) ...")
+    common.watch_weight_files()
     steps = count_steps(len(tests), len(thread_counts), repetitions)
     records: list[dict[str, Any]] = []
     with tqdm(

@@ -15,8 +15,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kimi_cpu.cli.terminal import Status, note
-from kimi_cpu.errors import CheckpointError, TemplateError, UsageError
+from kimi_cpu.cli.terminal import (
+    RESET,
+    Status,
+    error_text,
+    has_colour,
+    is_terminal,
+    moves_cursor,
+    note,
+)
+from kimi_cpu.errors import CheckpointError, TemplateError, UsageError, UserError
 
 if TYPE_CHECKING:
     from kimi_cpu.chat.generate import Result
@@ -38,6 +46,8 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 GENERATION_CONFIG = "generation_config.json"
 #: After so many tokens of a reply no kernel is used for the first time any more.
 _COMPILING_TOKENS = 2
+#: Undoes a mode of the terminal that editors switch on.
+_END_PASTING = "\x1b[?2004l"
 #: What a newcomer may ask the embedded model.
 NANO_EXAMPLES = ("What is 17 + 25?", "What is the capital of France?", "What is 318 * 27?")
 
@@ -221,6 +231,24 @@ def model_folder(named: str | None) -> Path:
     return folder
 
 
+def watch_weight_files() -> None:
+    """Let a weight file that vanishes under a computation end the process like any other error.
+
+    To be called before the checkpoint is opened. Imports numba.
+    """
+    from kimi_cpu import bus_error
+
+    def text_of(error: UserError) -> bytes:
+        err, text = sys.stderr, error_text(error.message, error.hint)
+        if is_terminal(err):  # in whatever state a reply or the editor has left it
+            text = "\n" + text
+        if moves_cursor(err):
+            text = (RESET if has_colour(err) else "") + _END_PASTING + text
+        return text.encode(err.encoding or "utf-8", "replace")
+
+    bus_error.install(text_of)
+
+
 def load_model(
     folder: Path, threads: int | None, precision: str, *, memory: int | None = None,
     latents: int | None = 0, io: str = "auto", trace: Path | None = None,
@@ -243,6 +271,7 @@ def load_model(
         from kimi_cpu.engine import Engine
         from kimi_cpu.kernels import isa
 
+        watch_weight_files()
         engine = Engine.load(
             folder, precision=precision, threads=threads, memory=memory, latents=latents,  # type: ignore[arg-type]
             io=io, trace=trace,  # type: ignore[arg-type]

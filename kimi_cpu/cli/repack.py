@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kimi_cpu.cli import common
 from kimi_cpu.cli.inspect import size
 from kimi_cpu.cli.terminal import note
 from kimi_cpu.errors import UsageError, UserError
@@ -200,6 +201,7 @@ def _compare_predictions(source: Path, folder: Path) -> None:
             return
         if not isa.is_cached():
             note("Compiling the kernels for this CPU, only this once (up to a minute) ...")
+        common.watch_weight_files()
         with tqdm(unit=" tokens", desc="predicting", disable=None) as bar:
 
             def progress(done: int, total: int) -> None:

@@ -55,13 +55,19 @@ def styled(text: str, style: str, stream: TextIO) -> str:
     return f"{style}{text}{RESET}" if style and has_colour(stream) else text
 
 
-def print_error(message: str, hint: str = "") -> None:
-    """`error: ...` and `hint: ...` on stderr."""
+def error_text(message: str, hint: str = "") -> str:
+    """`error: ...` and `hint: ...`, as lines for stderr."""
     err = sys.stderr
-    print(f"{styled('error:', RED + BOLD, err)} {printable(message)}", file=err)
+    text = f"{styled('error:', RED + BOLD, err)} {printable(message)}\n"
     if hint:
-        print(f"{styled('hint:', BOLD, err)} {printable(hint)}", file=err)
-    err.flush()
+        text += f"{styled('hint:', BOLD, err)} {printable(hint)}\n"
+    return text
+
+
+def print_error(message: str, hint: str = "") -> None:
+    """`error_text` on stderr."""
+    sys.stderr.write(error_text(message, hint))
+    sys.stderr.flush()
 
 
 def note(text: str) -> None:

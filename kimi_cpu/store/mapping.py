@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,28 @@ import numpy as np
 import numpy.typing as npt
 
 from kimi_cpu.errors import CheckpointError
+
+#: Told of every weight file that is mapped: path, address, bytes. What it returns is called when
+#: the file is mapped no more. `kimi_cpu.bus_error` sets it, on behalf of programs.
+on_map: Callable[[Path, int, int], Callable[[], None]] | None = None
+
+
+def map_file(path: Path, fd: int) -> mmap.mmap:
+    """All of an open weight file, read-only. OSError; ValueError if it is empty."""
+    mapped = mmap.mmap(fd, 0, access=mmap.ACCESS_READ)
+    if on_map is not None:
+        view = np.frombuffer(mapped, dtype=np.uint8)
+        forget = on_map(path, view.ctypes.data, view.nbytes)
+        weakref.finalize(mapped, forget).atexit = False  # views keep the map alive
+    return mapped
+
+
+def gone(path: Path, reason: str | None) -> CheckpointError:
+    """The error of a file that could be opened when the checkpoint was."""
+    return CheckpointError(
+        f"{path}: cannot be read any more ({reason})",
+        "Check the disk and that nobody changes the checkpoint while it is used.",
+    )
 
 
 class MappedFile:
@@ -39,7 +63,7 @@ class MappedFile:
                 self.size = os.fstat(file.fileno()).st_size
                 if self.size < min_bytes:
                     raise CheckpointError(f"{path}: only {self.size} bytes long", hint)
-                self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                self._map: mmap.mmap | None = map_file(path, file.fileno())
         except (OSError, ValueError) as exc:
             raise CheckpointError(
                 f"{path}: cannot be mapped ({exc})", "Check that the file may be read."
@@ -62,13 +86,11 @@ class MappedFile:
     def check(self) -> None:
         """Raises CheckpointError if the file has become shorter: touching its views would kill us.
 
-        Between two checks nothing can protect from that; they cost less than a microsecond.
+        It costs less than a microsecond. What happens between two checks can only end the process
+        (`kimi_cpu.bus_error`).
         """
         if self._map is not None and self._map.size() < self.size:
-            raise CheckpointError(
-                f"{self.path}: cannot be read any more (it is shorter than it was)",
-                "Check the disk and that nobody changes the checkpoint while it is used.",
-            )
+            raise gone(self.path, "it is shorter than it was")
 
     def close(self) -> None:
         """Let go of the map. It stays mapped as long as views on it are alive."""

@@ -24,11 +24,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from kimi_cpu.errors import CheckpointError
 from kimi_cpu.quant import U8
 from kimi_cpu.store.direct import ALIGN, HUGE_PAGE, open_past_cache
 from kimi_cpu.store.experts import system
 from kimi_cpu.store.extents import Extent
+from kimi_cpu.store.mapping import gone, map_file
 
 #: How experts are read.
 Io = Literal["mmap", "direct"]
@@ -82,14 +82,6 @@ class Backend(ABC):
     @abstractmethod
     def close(self) -> None:
         """Close the files. Buffers handed out stay valid."""
-
-
-def gone(path: Path, reason: str | None) -> CheckpointError:
-    """The error of a file that could be opened when the checkpoint was."""
-    return CheckpointError(
-        f"{path}: cannot be read any more ({reason})",
-        "Check the disk and that nobody changes the checkpoint while it is used.",
-    )
 
 
 class _Descriptor:
@@ -199,7 +191,7 @@ class MappedBackend(Backend):
 def _map(path: Path) -> U8:
     """A file as memory whose pages come one by one, uint8 [n]. OSError, ValueError."""
     with path.open("rb") as file:
-        view = np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=np.uint8)
+        view = np.frombuffer(map_file(path, file.fileno()), dtype=np.uint8)
     system.no_readahead(view.ctypes.data, view.nbytes)
     return view
 

@@ -16,7 +16,8 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from kimi_cpu.store.experts.backends import Backend, Piece, gone
+from kimi_cpu.store.experts.backends import Backend, Piece
+from kimi_cpu.store.mapping import gone
 
 #: Enough to keep a drive busy; more only take turns.
 IO_THREADS = 4
