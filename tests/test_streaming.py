@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import mmap
 import shutil
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -405,3 +407,16 @@ def test_who_has_no_room_does_not_take_it_from_others(published: Path) -> None:
         assert store.capacity >= TOP_K and other.cache_bytes == 0
         for session in sessions:
             session.step(4)
+
+
+def test_a_closed_engine_keeps_no_memory(packed: Path) -> None:
+    """Without waiting for the garbage collector: the next engine may need it."""
+    gc.disable()
+    try:
+        with Engine.load(packed, memory=memory_for(packed, 20), io="direct", threads=2) as engine:
+            engine.session().step(1)
+            backend = weakref.ref(engine.experts._backend)
+        del engine
+        assert backend() is None
+    finally:
+        gc.enable()

@@ -275,6 +275,10 @@ class ExpertStore:
             self._trunk.close()
         if self._recorder is not None:
             self._recorder.close()
+        # Circles of references would keep gigabytes until the garbage collector finds them.
+        for layer in self._layers.values():
+            layer.shelf = None
+        self._layers.clear()
 
     # What follows is LayerExperts' side of it; numbers are those of the whole store.
 

@@ -543,10 +543,11 @@ def test_threads_end_with_the_store(checkpoint: Checkpoint) -> None:
     assert io_threads() == before  # none before the first read
     take(store, 1, [0, 1])
     assert io_threads() > before
+    experts = store.layer(1)
     store.close()
     assert io_threads() == before
     with pytest.raises(ValueError, match="closed"):
-        take(store, 1, [9])
+        experts.arrived([9])
     store = open_store(checkpoint, 8, "direct")  # nobody closes this one
     take(store, 1, [0, 1])
     del store
