@@ -64,6 +64,12 @@ def lines(path: Path) -> str:
     )
 
 
+def without_compiling(stderr: str) -> str:
+    """Without what is said where nothing has been compiled yet."""
+    first, _, rest = stderr.partition("\n")
+    return rest if first.startswith("Compiling the kernels") else stderr
+
+
 #: A long prompt brings all experts of a layer into memory, and its last token four of the last one;
 #: then the file is cut off between two layers.
 ENGINE = """
@@ -148,14 +154,14 @@ def test_run(nano: Path) -> None:
     path = nano / "model-00001-of-000002.safetensors"
     args = ("--model", nano, "--temp", "0", "--io", "mmap", "--memory", "1G")
     done = python(COMMAND, path, 10, "run", *args, "What is 17 + 25?")
-    assert (done.returncode, done.stderr) == (1, lines(path))
+    assert (done.returncode, without_compiling(done.stderr)) == (1, lines(path))
 
 
 def test_bench(nano: Path) -> None:
     path = nano / "model-00002-of-000002.safetensors"
     args = ("--model", nano, "-p", "0", "-n", "8", "-r", "1", "--memory", "1G")
     done = python(COMMAND, path, 3, "bench", *args)
-    assert (done.returncode, done.stderr) == (1, lines(path))
+    assert (done.returncode, without_compiling(done.stderr)) == (1, lines(path))
 
 
 def test_the_editors_terminal_is_restored(nano: Path, home: Path) -> None:
@@ -166,7 +172,7 @@ def test_the_editors_terminal_is_restored(nano: Path, home: Path) -> None:
     shell = f'stty -a > {home}1; "$@"; echo code $?; stty -a > {home}2'
     child = pexpect.spawn(
         "/bin/sh", ["-c", shell, "sh", *code], cwd=str(ROOT), env=os.environ | {"NO_COLOR": "1"},
-        encoding="utf-8", timeout=60, dimensions=(24, 400),
+        encoding="utf-8", timeout=300, dimensions=(24, 400),
     )  # fmt: skip
     child.expect("code 1\r\n")
     assert child.before.endswith("\x1b[?2004l\r\n" + lines(path).replace("\n", "\r\n"))
