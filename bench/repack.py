@@ -6,8 +6,9 @@ Turn by turn, all past the page cache: reading alone, writing alone, both at onc
 blocks of 16 MB, what is written made up in memory: nothing is computed and nobody waits for
 another), then `repack` of the whole checkpoint into FOLDER, which is deleted again. One disk
 shares its bandwidth between both directions, so the ceiling of repacking is the third figure, not
-the smaller of the first two. FOLDER must not exist; its disk needs room for the packed checkpoint
-and the copy.
+the smaller of the first two. With FOLDER on another disk than PUBLISHED, or one of them in memory
+(tmpfs), nothing is shared but the processors, and the third figure is about that smaller one.
+FOLDER must not exist; its disk needs room for the packed checkpoint and the copy.
 """
 
 from __future__ import annotations
