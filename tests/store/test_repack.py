@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from kimi_cpu.errors import CheckpointError, UsageError, UserError
+from kimi_cpu.kernels import rounding
 from kimi_cpu.quant import (
     Int4Weight,
     as_f32,
@@ -175,6 +176,13 @@ def test_result(source: Path, tmp_path: Path, expected: dict[str, bytes]) -> Non
         path.name for path in source.glob("*.safetensors")
     )
     assert report.overall is not None and 0.003 < report.overall.relative_l2 < 0.008
+
+
+def test_the_kernel_makes_the_same_files(
+    source: Path, tmp_path: Path, expected: dict[str, bytes]
+) -> None:
+    repack(plan_repack(source, tmp_path / "packed", OPTIONS), round_rows=rounding.round_rows)
+    assert contents(tmp_path / "packed") == expected
 
 
 def test_verify_proves_it_and_measures_rounding(source: Path, tmp_path: Path) -> None:
