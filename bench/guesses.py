@@ -1,11 +1,12 @@
-"""How often a layer's experts can be guessed one layer before, by the rank of the guess.
+"""How often a layer's experts can be guessed before they are chosen, by the rank of the guess.
 
     python -m bench.guesses [-m FOLDER] [--tokens 256]
 
 As the engine looks ahead: the next layer's router is asked about the residual behind this layer's
-attention, before this layer's experts have been added to it. Its choices come best first; for each
-rank the share of tokens is shown in which that expert is then chosen. A trained model is needed:
-by default the embedded one, which reads a text of sums and stories like those it was trained on.
+attention, before this layer's experts have been added to it; behind a dense layer it is asked just
+before its own attention. Its choices come best first; for each rank the share of tokens is shown in
+which that expert is then chosen. A trained model is needed: by default the embedded one, which
+reads a text of sums and stories like those it was trained on.
 """
 
 from __future__ import annotations

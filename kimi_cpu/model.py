@@ -289,6 +289,8 @@ class Model:
             # After the last attention no token needs another: only those asked for go on.
             wanted = slice(None) if all_logits or done < len(self.layers) else slice(-1, None)
             self._read_nearly_all(mlp, len(x[wanted]))
+            if i and not isinstance(self.layers[i - 1].mlp, MoEWeights):
+                self._look_ahead(i, x)
             h = self._rmsnorm(x, layer.input_layernorm)
             x = k.add(x, self._attention(i, h, inputs))[wanted]
             h = self._rmsnorm(x, layer.post_attention_layernorm)
@@ -298,7 +300,6 @@ class Model:
                 self._look_ahead(done, x)
                 x = k.add(x, self._moe(mlp, h, ids, weights))
             else:
-                self._look_ahead(done, x)
                 x = k.add(x, self._mlp(mlp, h))
             if progress is not None:
                 progress(done, len(self.layers))
@@ -418,8 +419,8 @@ class Model:
     def _look_ahead(self, i: int, x: F32) -> None:
         """Have experts read that one token will probably choose in layer i, when the disk is free.
 
-        Its router is asked about the residual one layer before, x [1, D], which changes little
-        from layer to layer.
+        Its router is asked about the residual x [1, D] of one layer before, which changes little
+        from there. A dense layer changes more (`bench.guesses`): behind one, x comes from after it.
         """
         layer = self.layers[i] if i < len(self.layers) and self._looks_ahead else None
         if layer is not None and isinstance(layer.mlp, MoEWeights) and len(x) == 1:
