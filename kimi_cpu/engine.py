@@ -85,7 +85,7 @@ class Engine:
         Args:
             path: folder with `config.json` and safetensors, or one that `kimi-cpu repack` wrote.
             precision: "fast" (INT4 experts see int8 activations) or "exact" (float32 activations).
-            threads: 1 or more; the default is the number of physical cores that this process may
+            threads: 1 to 1,024; the default is the number of physical cores that this process may
                 use. The numbers computed do not depend on it.
             backend: "simd", or "reference" for plain NumPy, which is slow and is the definition.
             memory: bytes that may be used; by default what is available now, less a tenth.
@@ -104,8 +104,10 @@ class Engine:
             raise UsageError(f"unknown precision {precision!r}", 'use "fast" or "exact"')
         if backend not in ("simd", "reference"):
             raise UsageError(f"unknown backend {backend!r}", 'use "simd" or "reference"')
-        if threads is not None and threads < 1:
-            raise UsageError(f"{threads} threads make no sense", "use 1 or more")
+        if threads is not None and not 1 <= threads <= hardware.MAX_THREADS:
+            raise UsageError(
+                f"{threads} threads make no sense", f"use 1 to {hardware.MAX_THREADS:,}"
+            )
         checkpoint = Checkpoint.open(path)
         try:
             experts = open_experts(

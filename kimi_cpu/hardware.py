@@ -14,6 +14,8 @@ _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 #: A cgroup v1 without a limit reports a number near 2^63.
 _NO_LIMIT = 1 << 60
+#: More threads than any machine has use for: a slip of the finger.
+MAX_THREADS = 1024
 
 
 def _read(path: Path) -> str:

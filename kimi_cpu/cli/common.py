@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kimi_cpu import hardware
 from kimi_cpu.cli.terminal import (
     RESET,
     Status,
@@ -257,8 +258,8 @@ def load_model(
 
     The arguments are those of `Engine.load`.
     """
-    if threads is not None and threads < 1:
-        raise UsageError(f"--threads is {threads}", "Use 1 or more.")
+    if threads is not None and not 1 <= threads <= hardware.MAX_THREADS:
+        raise UsageError(f"--threads is {threads}", f"Use 1 to {hardware.MAX_THREADS:,}.")
     status = Status()
     status.show("loading ...")
     try:

@@ -11,7 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
@@ -107,7 +107,7 @@ def main(args: Sequence[str] | None = None) -> int:
     except SystemExit:  # click met a broken pipe, made stdout quiet and exits
         return BROKEN_PIPE
     except BrokenPipeError:  # the reader left (`| head`)
-        _silence_stdout()
+        _silence(sys.stdout)
         return BROKEN_PIPE
     except Exception as error:
         if os.environ.get("KIMI_CPU_DEBUG"):
@@ -116,9 +116,11 @@ def main(args: Sequence[str] | None = None) -> int:
         if isinstance(error, MemoryError):
             _report("out of memory", "Close other programs, or shorten the conversation.")
         elif isinstance(error, OSError):
-            _silence_stdout()
+            _silence(sys.stdout)
             where = f"{error.filename}: " if error.filename else ""
             _report(f"{where}{error.strerror or error}", "Is the disk full, or a file not yours?")
+        elif isinstance(error, RuntimeError) and "start new thread" in str(error):
+            _report("the system starts no more threads", "Use fewer --threads.")
         else:
             text = " ".join(str(error).split())[:300]
             _report(
@@ -126,22 +128,27 @@ def main(args: Sequence[str] | None = None) -> int:
                 "This is a bug. KIMI_CPU_DEBUG=1 shows the traceback to report.",
             )
         return 1
+    finally:
+        try:
+            sys.stderr.flush()
+        except (OSError, ValueError):
+            _silence(sys.stderr)
 
 
 def _prepare_streams() -> None:
     """Streams that can take any text: a closed one is replaced by the null device."""
-    for name in ("stdout", "stderr"):
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         stream = getattr(sys, name)
         if stream is None:
-            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: PTH123, SIM115
-        elif hasattr(stream, "reconfigure"):  # what a terminal cannot show becomes `?`
-            stream.reconfigure(errors="replace")
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115
+        elif name != "stdin" and hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")  # what a terminal cannot show becomes `?`
 
 
-def _silence_stdout() -> None:
+def _silence(stream: TextIO) -> None:
     """Writing failed: keep the interpreter from trying again when it exits."""
     with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _usage_hint(error: click.ClickException) -> str:

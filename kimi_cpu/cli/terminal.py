@@ -56,28 +56,38 @@ def styled(text: str, style: str, stream: TextIO) -> str:
 
 
 def error_text(message: str, hint: str = "") -> str:
-    """`error: ...` and `hint: ...`, as lines for stderr."""
-    err = sys.stderr
-    text = f"{styled('error:', RED + BOLD, err)} {printable(message)}\n"
-    if hint:
-        text += f"{styled('hint:', BOLD, err)} {printable(hint)}\n"
+    """`error: ...` and `hint: ...`, a line each, for stderr."""
+    text = ""
+    for label, style, part in (("error:", RED + BOLD, message), ("hint:", BOLD, hint)):
+        if part:
+            line = printable(part).replace("\n", "␊")  # a file's name may hold one
+            text += f"{styled(label, style, sys.stderr)} {line}\n"
     return text
 
 
 def print_error(message: str, hint: str = "") -> None:
     """`error_text` on stderr."""
-    sys.stderr.write(error_text(message, hint))
-    sys.stderr.flush()
+    _say(error_text(message, hint), end="")
 
 
 def note(text: str) -> None:
     """One dim line on stderr: something said by the way."""
-    print(styled(printable(text), DIM, sys.stderr), file=sys.stderr, flush=True)
+    _say(styled(printable(text), DIM, sys.stderr))
 
 
 def tell(text: str) -> None:
     """A line on stderr that the user asked for."""
-    print(printable(text), file=sys.stderr, flush=True)
+    _say(printable(text))
+
+
+def _say(text: str, end: str = "\n") -> None:
+    """A line on stderr. If it cannot be written (a log on a full disk), the work goes on."""
+    try:
+        print(text, end=end, file=sys.stderr, flush=True)
+    except BrokenPipeError:  # whoever listened has left
+        raise
+    except OSError:
+        pass
 
 
 class Status:

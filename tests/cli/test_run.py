@@ -203,6 +203,16 @@ def test_a_full_disk_is_no_bug(folder, options):
     assert len(done.stderr.splitlines()) == 2
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")  # noqa: PTH110
+def test_notices_that_cannot_be_written_stop_nothing(folder):
+    with open("/dev/full", "w") as full:  # noqa: PTH123
+        done = subprocess.run(
+            [*FAKE, "run", "--temp", "0", "x"], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=full, text=True, cwd=ROOT, env=os.environ | {"KIMI_CPU_MODEL": str(folder)},
+        )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "You said **x**.\n"
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
 def test_closed_streams(folder, closed):
@@ -213,6 +223,40 @@ def test_closed_streams(folder, closed):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert done.stdout == ("" if closed == ">&-" else "You said **x**.\n")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+def test_a_chat_without_stdin_ends(folder):
+    command = f"{sys.executable} -m tests.cli.fake chat --no-save <&-"
+    done = subprocess.run(
+        ["sh", "-c", command], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"KIMI_CPU_MODEL": str(folder)},
+    )  # fmt: skip
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "error"),
+    [
+        (["--threads", "0"], "error: --threads is 0\nhint: Use 1 to 1,024.\n"),
+        (["--threads", "99999"], "error: --threads is 99999\nhint: Use 1 to 1,024.\n"),
+        (["--model", "/no\nsuch\x1b[2J"], "error: --model names no folder: /no␊such␛[2J\nhint: "),
+    ],
+)
+def test_wrong_use_is_two_lines(args, error, capsys):
+    assert main(["run", "x", *args]) == 2
+    err = capsys.readouterr().err
+    assert error in err and err.count("\n") == 2 + err.startswith("No --model")
+
+
+def test_no_more_threads_is_no_bug(kimi, monkeypatch):
+    def refused(*args, **kw):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(common, "load_model", refused)
+    code, _, err = kimi("run", "x")
+    assert code == 1
+    assert err == "error: the system starts no more threads\nhint: Use fewer --threads.\n"
 
 
 def test_a_pipe_that_closes_is_quiet(process, folder):
