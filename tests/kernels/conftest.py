@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 
 from kimi_cpu.kernels.common import BLOCK_TOKENS, Latents, address
 from kimi_cpu.quant import F32, U16, Weight, f32_to_bf16, pack, quantize_int4, quantize_int8
+from tests.kernels.runs import Runs
 
 MAKE_WEIGHT: dict[str, Callable[[F32], Weight]] = {
     "f32": lambda w: w,
@@ -74,6 +75,15 @@ def paged_timelines(
 def paged(c_kv: F32 | U16, k_pe: F32 | U16, start: int) -> Latents:
     """One timeline."""
     return paged_timelines([(c_kv, k_pe)], [start], len(c_kv))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def runs(request: pytest.FixtureRequest) -> Iterator[Runs]:
+    """What the selected tests of `test_variants.py` wait for, begun before the first test."""
+    asked = [getattr(item, "callspec", None) for item in request.session.items]
+    runs = Runs([spec.params["run"] for spec in asked if spec and "run" in spec.params])
+    yield runs
+    runs.stop()
 
 
 @pytest.fixture
