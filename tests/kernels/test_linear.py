@@ -87,7 +87,8 @@ def test_q8_any_shape(n, groups, rows, seed, kind):
     w = inputs.weight(kind, rows, groups * GROUP_SIZE)
     got = fast.linear_q8(fast.quantize_activations(x), w)
     want = reference.linear_q8(reference.quantize_activations(x), w)
-    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+    terms = np.abs(x) @ np.abs(dequantize(w)).T  # their sum may cancel out, their rounding does not
+    assert np.abs(got - want).max() <= 1e-6 * terms.max()
 
 
 @pytest.mark.parametrize("d", [32, 192, 512, 1120])
