@@ -288,7 +288,7 @@ class Model:
             mlp, done = layer.mlp, i + 1
             # After the last attention no token needs another: only those asked for go on.
             wanted = slice(None) if all_logits or done < len(self.layers) else slice(-1, None)
-            self._read_nearly_all(mlp, len(x[wanted]))
+            self._read_nearly_all(i, len(x), all_logits)
             if i and not isinstance(self.layers[i - 1].mlp, MoEWeights):
                 self._look_ahead(i, x)
             h = self._rmsnorm(x, layer.input_layernorm)
@@ -409,9 +409,14 @@ class Model:
                     q_nope, q_pe, kv, k_pe, start + run.start, c.softmax_scale, self.threads
                 )
 
-    def _read_nearly_all(self, mlp: MLPWeights | MoEWeights, tokens: int) -> None:
-        """Begin to read a layer's experts before its attention if its tokens will choose most."""
-        if tokens <= FEW_TOKENS or not isinstance(mlp, MoEWeights):
+    def _read_nearly_all(self, i: int, tokens: int, all_logits: bool) -> None:
+        """Before layer i: begin to read its experts, or the next layer's if it is dense.
+
+        If the tokens will choose nearly all of them, that need not wait for its router.
+        """
+        layers = self.layers if all_logits else self.layers[:-1]  # the last sees one token
+        mlp = next((w.mlp for w in layers[i:] if isinstance(w.mlp, MoEWeights)), None)
+        if mlp is None or tokens <= FEW_TOKENS:
             return
         if tokens * self.config.num_experts_per_tok > NEARLY_ALL * len(mlp.experts):
             mlp.experts.source.request(range(len(mlp.experts)))

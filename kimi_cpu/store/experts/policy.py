@@ -56,9 +56,14 @@ class _Scored:
         heapq.heappush(self._heap, (float(self.scores[expert]), expert))
 
     def evict(self, protected: Collection[int] = ()) -> int | None:
-        heap, scores, kept = self._heap, self.scores, []
-        victim = None
-        while heap:
+        victims = self.evict_some(1, protected)
+        return victims[0] if victims else None
+
+    def evict_some(self, n: int, protected: Collection[int] = ()) -> list[int]:
+        """Up to n of them, as if by so many calls of `evict`."""
+        heap, scores = self._heap, self.scores
+        victims, kept = list[int](), list[tuple[float, int]]()
+        while heap and len(victims) < n:
             then, expert = heap[0]
             now = float(scores[expert])
             if then < now:
@@ -66,11 +71,10 @@ class _Scored:
             elif expert in protected:
                 kept.append(heapq.heappop(heap))
             else:
-                victim = heapq.heappop(heap)[1]
-                break
+                victims.append(heapq.heappop(heap)[1])
         for entry in kept:
             heapq.heappush(heap, entry)
-        return victim
+        return victims
 
     def reset(self, resident: Collection[int]) -> None:
         """Exactly these experts are resident; the scores stay."""
@@ -112,11 +116,11 @@ class Frequency(_Scored):
             self.frequencies /= self.state[0]
             self.state[0] = 1.0
 
-    def evict(self, protected: Collection[int] = ()) -> int | None:
-        victim = super().evict(protected)
-        if victim is not None:
+    def evict_some(self, n: int, protected: Collection[int] = ()) -> list[int]:
+        victims = super().evict_some(n, protected)
+        for victim in victims:
             self.state[1] = max(self.state[1], self.scores[victim])
-        return victim
+        return victims
 
 
 class LeastRecent(_Scored):

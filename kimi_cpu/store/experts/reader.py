@@ -12,8 +12,8 @@ import os
 import threading
 import time
 import weakref
-from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from kimi_cpu.store.experts.backends import Backend, Piece
@@ -121,14 +121,17 @@ class _Queue:
                 self.read_bytes += piece.length
             return load.count_down()
 
-    def withdraw(self, load: Load) -> list[tuple[Load, Piece]]:
-        """Take a load's pieces out of `ahead`; the lock is held."""
-        mine = [item for item in self.ahead if item[0] is load]
-        if mine:
-            others = [item for item in self.ahead if item[0] is not load]
-            self.ahead.clear()
-            self.ahead.extend(others)
-        return mine
+    def withdraw(self, loads: Collection[Load]) -> list[tuple[Load, Piece]]:
+        """Take the pieces of loads out of the queues; the lock is held."""
+        gone = []
+        for queue in (self.demand, self.ahead):
+            mine = [item for item in queue if item[0] in loads]
+            if mine:
+                others = [item for item in queue if item[0] not in loads]
+                queue.clear()
+                queue.extend(others)
+                gone += mine
+        return gone
 
     def rest(self) -> None:
         """A thread has nothing more to do with the piece that it took."""
@@ -172,23 +175,23 @@ class Reader:
         queue = self._queue
         with queue.changed:
             load.ahead = False
-            mine = queue.withdraw(load)
+            mine = queue.withdraw([load])
             if mine:
                 queue.demand.extend(mine)
                 queue.changed.notify_all()
 
-    def give_up(self, load: Load) -> None:
-        """A load that was started ahead is not needed: read no more of it.
+    def give_up(self, loads: Iterable[Load]) -> None:
+        """Some loads are not needed after all: read no more of them.
 
-        If its last piece is being read already, it goes on to its end.
+        Pieces that are being read go on to their end.
         """
         queue = self._queue
         with queue.changed:
-            mine = queue.withdraw(load)
-            if mine:
+            for load, n in Counter(load for load, _ in queue.withdraw(set(loads))).items():
                 load.given_up = True
-                if load.count_down(len(mine)):  # else a thread is at one, and says when it is over
+                if load.count_down(n):  # else a thread is at one, and says when it is over
                     load.done = True
+            queue.finished.notify_all()
 
     def wait(self, loads: Collection[Load]) -> None:
         """Return when at least one of them is done; ValueError if the reader was closed.

@@ -16,7 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -251,14 +251,16 @@ class ExpertStore:
         """
         self._checkpoint.check_files()
         if not self.bounded and self._recorder is None:
-            yield
+            with self._abandoning():
+                yield
             self._tokens += n_tokens
             return
         with self._pass_lock:
             if self.bounded and latent_bytes != self._latent_bytes:
                 self._make_room(latent_bytes)
             self._routes = [None] * len(self._layers)
-            yield
+            with self._abandoning():
+                yield
             self._tokens += n_tokens
             self.policy.tick(n_tokens)
             if self._recorder is not None:
@@ -312,7 +314,11 @@ class ExpertStore:
         with self._changing():
             self._protected = wanted
             self._publish()
-            self._begin(sorted(wanted), self._slot)
+            numbers = sorted(wanted)
+            self._begin(numbers, wanted)
+            while late := [n for n in numbers if self._slot_of[n] < 0 and n not in self._loads]:
+                self._wait_for_slot()
+                self._begin(late, wanted)
 
     def arrived(self, layer: LayerExperts, ids: Sequence[int]) -> list[int]:
         begin = None
@@ -334,8 +340,6 @@ class ExpertStore:
 
     def sweep(self, layer: LayerExperts, ids: Collection[int]) -> Iterator[list[int]]:
         left, group = sorted(ids), list[int]()
-        # What is computed with and what is read meanwhile share the slots.
-        most = max(self._capacity - self._window, 1)
         while left or group:
             self._read_on(layer, left, group)
             if group:
@@ -343,8 +347,9 @@ class ExpertStore:
             group = []
             if left:
                 self.arrived(layer, left[:1])
-                missing = self._missing(layer, left[:most])
-                group = left[: left.index(missing[0]) if missing else most]
+                missing = self._missing(layer, left)
+                # While some are missing, slots must become free for them: by small groups.
+                group = left[: min(left.index(missing[0]), self._few)] if missing else left
                 left = left[len(group) :]
 
     def anticipate(self, layer: LayerExperts, ids: Sequence[int]) -> None:
@@ -359,17 +364,10 @@ class ExpertStore:
             kept = {layer.first + int(e) for e in ids}
             if layer.first:  # the layer before is computing, even if it had to ask for nothing
                 kept.update(self._last_choice(layer.first // self.n_experts - 1))
-            new: list[Load] = []
-            for e in ids:
-                number = layer.first + int(e)
-                if len(new) >= room:
-                    break
-                if self._slot_of[number] >= 0 or number in self._loads:
-                    continue
-                slot = self._free_slot(self._protected | kept)
-                if slot is None:
-                    break
-                new.append(self._start(number, slot, ahead=True))
+            numbers = [layer.first + int(e) for e in ids]
+            absent = [n for n in numbers if self._slot_of[n] < 0 and n not in self._loads]
+            slots = self._free_slots(min(room, len(absent)), self._protected | kept)
+            new = [self._start(*one, ahead=True) for one in zip(absent, slots, strict=False)]
             self._reader.submit(new)
             self._ahead += len(new)
             self._guessed = {load.number for load in new}
@@ -386,8 +384,19 @@ class ExpertStore:
             yield
             self._whole = True
 
+    @contextmanager
+    def _abandoning(self) -> Iterator[None]:
+        """A pass that is broken off wants no more of what it asked for, perhaps hundreds."""
+        try:
+            yield
+        except BaseException:
+            with self._changing():
+                self._reader.give_up(self._loads.values())
+            raise
+
     def _mend(self) -> None:
         """Work out anew what a change that was broken off left half done."""
+        self._reader.give_up(self._loads.values())
         self._reader.drain()
         for number, load in list(self._loads.items()):
             if not load.done:
@@ -435,22 +444,19 @@ class ExpertStore:
         self._loads[number] = load
         return load
 
-    def _slot(self) -> int:
-        """A slot for an expert that is needed now."""
-        while (slot := self._free_slot(self._protected)) is None:
-            others = [load for n, load in self._loads.items() if n not in self._protected]
-            if not others:
-                raise RuntimeError(f"{self._capacity} slots do not hold {len(self._protected)}")
-            self._reader.wait(others)
-            self._publish()
-        return slot
+    def _wait_for_slot(self) -> None:
+        """All slots are being read into; one that nobody needs now has to be finished."""
+        others = [load for number, load in self._loads.items() if number not in self._protected]
+        if not others:
+            raise RuntimeError(f"{self._capacity} slots do not hold {len(self._protected)}")
+        self._reader.wait(others)
+        self._publish()
 
-    def _free_slot(self, protected: Collection[int]) -> int | None:
-        """A slot that is free or held by the least wanted expert outside `protected`."""
-        if self._free:
-            return self._free.pop()
-        victim = self.policy.evict(protected)
-        return None if victim is None else self._evict(victim)
+    def _free_slots(self, n: int, protected: Collection[int]) -> list[int]:
+        """Up to n slots that are free or held by the least wanted experts outside `protected`."""
+        slots = [self._free.pop() for _ in range(min(n, len(self._free)))]
+        victims = self.policy.evict_some(n - len(slots), protected)
+        return slots + [self._evict(victim) for victim in victims]
 
     def _evict(self, number: int) -> int:
         """Let a resident expert go, which the policy has counted as gone; its slot."""
@@ -467,10 +473,13 @@ class ExpertStore:
             self._publish()
             self._protected = set()
             self._capacity = min(self._budget.slots(latent_bytes), self._n_slots)
-            while self._n_slots - len(self._retired) > self._capacity:
-                slot = self._slot()
-                self._retired.add(slot)
-                self._backend.shrink(slot)
+            while (surplus := self._n_slots - len(self._retired) - self._capacity) > 0:
+                for slot in self._free_slots(surplus, ()):
+                    self._retired.add(slot)
+                    self._backend.shrink(slot)
+                    surplus -= 1
+                if surplus:
+                    self._wait_for_slot()
             while self._n_slots - len(self._retired) < self._capacity:
                 self._free.append(self._retired.pop())
             self._latent_bytes = latent_bytes
@@ -480,37 +489,31 @@ class ExpertStore:
         return [e for e in ids if self._slot_of[layer.first + e] < 0]
 
     def _read_on(self, layer: LayerExperts, ids: Sequence[int], group: Collection[int]) -> None:
-        """Start reading of the first missing ones what slots can be found for beside `group`.
+        """Start reading of the missing ones what slots can be found for beside `group`.
 
-        The others of `ids` are let go only if there is nothing else.
+        Others of `ids` are let go for the first few alone, and only if the very next is missing.
         """
         with self._changing():
             self._publish()
-            soon = self._missing(layer, ids)[: self._window]
-            self._protected = {layer.first + e for e in (*group, *soon)}
-            needed = self._protected | {layer.first + e for e in ids}
+            missing = self._missing(layer, ids)
+            soon = [layer.first + e for e in missing[: self._capacity - len(group)]]
+            self._protected = {*soon, *(layer.first + e for e in group)}
+            self._begin(soon, self._protected | {layer.first + e for e in ids})
+            if missing and missing[0] == ids[0]:
+                self._begin(soon[: self._few], self._protected)
 
-            def slot() -> int | None:
-                found = self._free_slot(needed)
-                return self._free_slot(self._protected) if found is None else found
+    def _begin(self, numbers: Iterable[int], protected: Collection[int]) -> None:
+        """Start or hurry the reading of those that are not resident.
 
-            self._begin([layer.first + e for e in soon], slot)
-
-    def _begin(self, numbers: Sequence[int], slot: Callable[[], int | None]) -> None:
-        """Start or hurry the reading of those that are not resident, as long as slots are found."""
-        new = []
-        for number in numbers:
-            load = self._loads.get(number)
-            if self._slot_of[number] >= 0:
-                continue
-            if load is None:
-                found = slot()
-                if found is None:
-                    break
-                new.append(self._start(number, found))
-            elif load.ahead:
+        As many as there are slots for that are free or held by others than `protected`.
+        """
+        absent = [number for number in numbers if self._slot_of[number] < 0]
+        for load in map(self._loads.get, absent):
+            if load is not None and load.ahead:
                 self._reader.hurry(load)
-        self._reader.submit(new)
+        new = [number for number in absent if number not in self._loads]
+        slots = self._free_slots(len(new), protected)
+        self._reader.submit(list(map(self._start, new, slots)))
 
     def _judge(self, wanted: Collection[int]) -> None:
         """A router has spoken: give up what was loaded ahead in vain, and draw conclusions.
@@ -523,10 +526,8 @@ class ExpertStore:
             return
         right = guessed.intersection(wanted)
         with self._changing():
-            for number in guessed - right:
-                load = self._loads.get(number)
-                if load is not None and load.ahead:
-                    self._reader.give_up(load)
+            wrong = [self._loads[n] for n in guessed - right if n in self._loads]
+            self._reader.give_up([load for load in wrong if load.ahead])
             for number in right:
                 load = self._loads.get(number)
                 in_time = load is not None and load.done and load.error is None
@@ -553,8 +554,8 @@ class ExpertStore:
         recorder.tokens(np.stack([ids[-through:] for ids in routes], axis=1))
 
     @property
-    def _window(self) -> int:
-        """How many experts are read ahead of those that are computed with."""
+    def _few(self) -> int:
+        """Experts of a sweep that are computed with at a time."""
         return max(min(self._capacity // 2, self.top_k), 1)
 
     def _layer_of(self, number: int) -> LayerExperts:

@@ -40,6 +40,17 @@ def test_protected_experts_stay() -> None:
     assert policy.evict() == 0
 
 
+def test_several_at_once_go_as_they_would_one_by_one() -> None:
+    policy = Frequency(6)
+    for expert, times in enumerate((3, 1, 2, 5, 4, 6)):
+        policy.use(expert, times)
+        policy.admit(expert)
+    assert policy.evict_some(3, {2}) == [1, 0, 4]
+    assert policy.state[1] == policy.scores[4]  # the age
+    assert policy.evict_some(9, {2}) == [3, 5]
+    assert policy.evict_some(9) == [2]
+
+
 def test_uses_after_admission_count() -> None:
     policy = Frequency(3)
     for expert in range(3):

@@ -18,6 +18,7 @@ from kimi_cpu.store.checkpoint import Checkpoint
 from kimi_cpu.store.experts import system
 from kimi_cpu.store.experts.backends import DirectBackend, MappedBackend, Piece, can_read_directly
 from kimi_cpu.store.experts.policy import Frequency
+from kimi_cpu.store.experts.reader import IO_THREADS
 from kimi_cpu.store.experts.residency import ExpertStore
 from kimi_cpu.store.experts.simulation import Recorder, read_trace, simulate, zipf_trace
 from kimi_cpu.store.extents import Extent
@@ -157,11 +158,11 @@ def test_a_sweep_reads_nothing_twice(checkpoint: Checkpoint) -> None:
 
 
 def test_many_are_begun_and_swept(checkpoint: Checkpoint) -> None:
-    """A request for more than a token's experts begins with as many as are read ahead."""
+    """A request for more than fit begins with the first of them."""
     store = open_store(checkpoint, 8, "direct", lookahead=False)
     found = shelves(checkpoint, store)
     store.layer(1).request(range(EXPERTS))
-    assert store.resident == TOP_K
+    assert set(store._loads) == set(range(8))
     order = []
     for group in store.layer(1).sweep(range(EXPERTS)):
         found[1].check(group)
@@ -169,6 +170,41 @@ def test_many_are_begun_and_swept(checkpoint: Checkpoint) -> None:
     assert order == list(range(EXPERTS))
     slot = budget_of(checkpoint, 1).slot_bytes
     assert store.stats().read_bytes <= EXPERTS * slot
+    store.close()
+
+
+def test_a_sweep_reads_as_far_ahead_as_there_are_slots(checkpoint: Checkpoint) -> None:
+    """And lets nothing go that it has read and not used yet: each expert is read once."""
+    store = open_store(checkpoint, 12, "direct", lookahead=False)
+    found = shelves(checkpoint, store)
+    of_one = store.layer(1)
+    of_one.request(range(EXPERTS))
+    store._reader.drain()  # the disk is far ahead
+    for group in of_one.sweep(range(EXPERTS)):
+        found[1].check(group)
+        store._reader.drain()
+    pieces = [p for e in range(EXPERTS) for p in store._backend.pieces(0, store._extents(e))]
+    assert store.stats().read_bytes == sum(piece.length for piece in pieces)
+    store.close()
+
+
+def test_what_a_broken_off_pass_asked_for_is_not_read(checkpoint: Checkpoint) -> None:
+    """Hundreds of experts may be queued: the next pass must not wait for them."""
+    store, backend = failing_store(checkpoint, 20)
+    found = shelves(checkpoint, store)
+    backend.gate = threading.Event()
+    with pytest.raises(KeyboardInterrupt), store.passing(64, 0):
+        store.layer(1).request(range(EXPERTS))
+        assert len(store._loads) == EXPERTS
+        raise KeyboardInterrupt
+    backend.gate.set()
+    store._reader.drain()
+    pieces = backend.pieces(0, store._extents(0))
+    assert store.stats().read_bytes <= IO_THREADS * max(piece.length for piece in pieces)
+    with store.passing(1, 0):
+        take(store, 1, [12, 13, 14, 15])
+        found[1].check([12, 13, 14, 15])
+    assert store.resident + len(store._free) == 20
     store.close()
 
 
@@ -381,7 +417,7 @@ def test_an_interrupt_loses_nothing(checkpoint: Checkpoint, monkeypatch) -> None
     rng = np.random.default_rng(0)
     store, _ = failing_store(checkpoint, 7)
     found = shelves(checkpoint, store)
-    for name in ("_start", "_free_slot", "_take_off", "_put", "_extents", "_weights"):
+    for name in ("_start", "_free_slots", "_take_off", "_put", "_extents", "_weights"):
         for after in range(4):
             original, calls = getattr(store, name), 0
 
