@@ -20,7 +20,7 @@ from kimi_cpu.planning import routing
 from kimi_cpu.planning.advice import advise
 from kimi_cpu.planning.machine import GEMM_TOKENS, Machine, Meter, probe_folder
 from kimi_cpu.planning.plan import default_sizes, make_plan, subject_of
-from kimi_cpu.planning.predict import OTHER, predict
+from kimi_cpu.planning.predict import GUESSED, OTHER, predict
 from kimi_cpu.planning.shape import (
     KNOWN,
     Shape,
@@ -117,9 +117,16 @@ def test_floors_add_up(k2) -> None:
     read_s = 480 * shape.expert_bytes / 2e9
     rest_s = (shape.trunk_bytes + 480 * shape.expert_bytes) / 40e9
     assert shape.shared_bytes == pytest.approx(3 * 7168 * 2048 * 17 / 16)
-    meanwhile_s = 60 * shape.shared_bytes / 40e9
+    attention = 7168 * (1536 + 576 + 8192) + 1536 * 64 * 192 + 512 * 64 * 256
+    assert shape.attention_bytes == pytest.approx(attention * 17 / 16)
+    meanwhile_s = 60 * (shape.shared_bytes + shape.attention_bytes) / 40e9
     expected_s = read_s - meanwhile_s + (1 + OTHER) * rest_s
     assert 1 / cold.expected_tps == pytest.approx(expected_s, rel=1e-3)
+    # On a disk faster than memory not all can be guessed.
+    quick = predict(shape, machine(disk=5e10), routing.Given(0.0, shape.all_experts), 64 << 30, 1)
+    left_s = (1 - GUESSED) * 480 * shape.expert_bytes / 5e10 - 60 * shape.shared_bytes / 40e9
+    assert left_s > 0.01
+    assert 1 / quick.expected_tps == pytest.approx(left_s + (1 + OTHER) * rest_s, rel=1e-3)
     fast = predict(shape, machine(disk=1e13), routing.Given(0.0, shape.all_experts), 64 << 30, 1)
     assert 1 / fast.expected_tps == pytest.approx((1 + OTHER) * rest_s, rel=1e-3)
     warm = predict(shape, m, routing.Even(shape.all_experts), shape.whole_bytes + (1 << 20), 1)

@@ -1,10 +1,11 @@
 """Rates and times of a model on a machine, from bytes, operations and hit rates.
 
 Decoding. The *limit* is what nothing can beat: the longer of reading a token's missing experts from
-the disk and reading all its weights from memory. What is *expected* is their sum, less the shared
-experts: a layer's experts can only be asked for when its router has spoken, its shared ones are
-computed meanwhile, and more of the reading was not found to be hidden behind computing on two cores
-(bench/LOG.md). Loading ahead is not counted on.
+the disk and reading all its weights from memory. What is *expected* is their sum, less what happens
+at the same time: a layer's experts can only be asked for when its router has spoken, but its shared
+ones are computed meanwhile, and what is guessed and read before takes about as long as the layer's
+attention, `GUESSED` of the reading at most (bench/LOG.md). More of the reading was not found to be
+hidden behind computing on two cores.
 
 Norms, softmax, rotations and handing work over come on top, `OTHER` of the time of the products.
 
@@ -26,6 +27,10 @@ Bound = Literal["disk", "memory"]
 #: What is not multiplying weights, as a part of it: 7 % of a token, 10 % of a prompt in profiles of
 #: true-width layers (`kimi-cpu bench --profile`, bench/LOG.md).
 OTHER, PROMPT_OTHER = 0.07, 0.1
+
+#: Of the experts that are missing, the part that can be guessed in time, at best: what the embedded
+#: model's routers reach (`python -m bench.guesses`).
+GUESSED = 0.6
 
 #: Part of a prompt computed at once: the engine's `PREFILL_CHUNK`.
 SWEEP_TOKENS = 8192
@@ -135,8 +140,10 @@ def _token_s(shape: Shape, machine: Machine, hit_rate: float, context_tokens: in
     if hit_rate >= 1:
         return trunk_s + n * expert_s
     reading_s = shape.top_k * (1 - hit_rate) * shape.expert_bytes / _disk(machine)
-    shared_s = shape.shared_bytes / machine.gemv[shape.shared_kind]
-    return trunk_s + n * expert_s + shape.n_moe_layers * max(reading_s - shared_s, 0)
+    rate = machine.gemv[shape.trunk_kind]
+    guessed_s = min(shape.attention_bytes / rate, GUESSED * reading_s)
+    waiting_s = max(reading_s - guessed_s - shape.shared_bytes / rate, 0)
+    return trunk_s + n * expert_s + shape.n_moe_layers * waiting_s
 
 
 def _prompt(shape: Shape, machine: Machine, share: float, tokens: int) -> tuple[float, float]:

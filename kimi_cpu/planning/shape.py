@@ -48,7 +48,9 @@ class Shape:
         trunk_kinds: bytes that every token reads besides routed experts, by kind; without the
             embedding, of which it reads one row.
         trunk_ops: additions and multiplications a token makes with them, by kind.
-        shared_kind, shared_bytes: of a layer's shared experts, which belong to the trunk.
+        trunk_kind: how most of the trunk is stored.
+        shared_bytes, attention_bytes: of a layer's shared experts, and of its attention's
+            projections, which belong to the trunk.
         expert_kind, expert_bytes: of one routed expert, as the kernels read it.
         slot_bytes: memory and disk that an expert takes.
         n_moe_layers, n_experts, top_k: layers with experts, experts in one, chosen in one.
@@ -62,8 +64,9 @@ class Shape:
     trunk: str
     trunk_kinds: dict[Kind, int]
     trunk_ops: dict[Kind, int]
-    shared_kind: Kind
+    trunk_kind: Kind
     shared_bytes: int
+    attention_bytes: int
     expert_kind: Kind
     expert_bytes: int
     slot_bytes: int
@@ -193,15 +196,17 @@ def _shape(
     latent = config.kv_lora_rank + config.qk_rope_head_dim
     linear = [kind for kind in kinds if kind != "float" and kinds[kind] > sum(kinds.values()) / 2]
     expert_size = 3 * config.hidden_size * config.moe_intermediate_size
-    shared_kind: Kind = linear[0] if linear else "float"
+    trunk_kind: Kind = linear[0] if linear else "float"
+    attention = sum(m * n for name, m, n in trunk_linears(config) if ".layers.0.self_attn." in name)
     names = {"packed8": "int8", "packed4": "int4", "int4": "int4"}
     return Shape(
         form=form,
         trunk=names[linear[0]] if linear else "bf16",
         trunk_kinds=kinds,
         trunk_ops={kind: int(2 * n * 8 / bits[kind]) for kind, n in kinds.items()},
-        shared_kind=shared_kind,
-        shared_bytes=int(config.n_shared_experts * expert_size * bits[shared_kind] / 8),
+        trunk_kind=trunk_kind,
+        shared_bytes=int(config.n_shared_experts * expert_size * bits[trunk_kind] / 8),
+        attention_bytes=int(attention * bits[trunk_kind] / 8),
         expert_kind=expert_kind,
         expert_bytes=expert_bytes,
         slot_bytes=slot_bytes,

@@ -12,7 +12,9 @@ import pytest
 from kimi_cpu.kernels import isa
 from tests.kernels.runs import Run, Runs
 
-KERNELS = tuple(f"tests/kernels/test_{name}.py" for name in ("linear", "moe", "attention", "rows"))
+KERNELS = tuple(
+    f"tests/kernels/test_{name}.py" for name in ("linear", "moe", "attention", "rows", "rounding")
+)
 MODEL = ("tests/test_oracle.py", "tests/test_precision.py")
 BOUNDS = Run("NUMBA_BOUNDSCHECK", "1", (*KERNELS, "tests/kernels/test_threads.py"))
 OTHERS = [Run("KIMI_CPU_ISA", variant, (*KERNELS, *MODEL)) for variant in isa.runnable()[1:]]
