@@ -113,8 +113,7 @@ def command(
 
     tests = _tests(Test, n_prompt, n_gen, n_pg, n_depth)
     thread_counts = threads or [hardware.default_threads()]
-    if not isa.is_cached():
-        note("Compiling the kernels for this CPU, only this once (up to a minute) ...")
+    common.note_if_compiling()
     common.watch_weight_files()
     steps = count_steps(len(tests), len(thread_counts), repetitions)
     records: list[dict[str, Any]] = []

@@ -232,6 +232,14 @@ def model_folder(named: str | None) -> Path:
     return folder
 
 
+def note_if_compiling() -> None:
+    """Tell the user what the first start on a machine takes its time for."""
+    from kimi_cpu.kernels import isa
+
+    if not isa.is_cached():
+        note("Compiling the kernels for this CPU, only this once (about a minute) ...")
+
+
 def watch_weight_files() -> None:
     """Let a weight file that vanishes under a computation end the process like any other error.
 
@@ -280,8 +288,7 @@ def load_model(
         check_tokenizer(tokenizer, engine.config)
     finally:
         status.clear()
-    if not isa.is_cached():
-        note("Compiling the kernels for this CPU, only this once (up to a minute) ...")
+    note_if_compiling()
     return Loaded(folder, engine, engine.session(), tokenizer, template, isa.mark_cached)
 
 

@@ -190,7 +190,6 @@ def _compare_predictions(source: Path, folder: Path) -> None:
     from tqdm import tqdm
 
     from kimi_cpu.benchmark.divergence import divergence, fits_in_memory
-    from kimi_cpu.kernels import isa
 
     try:
         if not fits_in_memory(source, folder):
@@ -199,8 +198,7 @@ def _compare_predictions(source: Path, folder: Path) -> None:
                 f"Where they do: kimi-cpu repack --verify {source} {folder}"
             )
             return
-        if not isa.is_cached():
-            note("Compiling the kernels for this CPU, only this once (up to a minute) ...")
+        common.note_if_compiling()
         common.watch_weight_files()
         with tqdm(unit=" tokens", desc="predicting", disable=None) as bar:
 
