@@ -42,6 +42,7 @@ from kimi_cpu.store.experts import probe
 from kimi_cpu.store.experts.budget import make_budget
 from kimi_cpu.store.experts.opening import open_experts
 from kimi_cpu.store.experts.policy import Frequency, LeastRecent
+from kimi_cpu.store.experts.residency import LayerExperts
 from kimi_cpu.store.experts.simulation import Trace, simulate, zipf_trace
 from kimi_cpu.store.summary import summarise
 
@@ -83,8 +84,8 @@ class TracedKernels(ModuleType):
 
     def anticipate(self, experts: ExpertTable, ids: Any) -> None:
         """What the model guesses are the right ones, see `route`: guess as the trace says."""
-        layer = next(i for i, right in enumerate(self._ids) if np.may_share_memory(right, ids))
-        fast.anticipate(experts, self._guesses[layer])
+        assert isinstance(experts.source, LayerExperts)
+        fast.anticipate(experts, self._guesses[experts.source.first // len(experts)])
 
 
 def guesses_of(trace: Trace, n_experts: int, seed: int) -> Trace:

@@ -314,11 +314,10 @@ class ExpertStore:
         with self._changing():
             self._protected = wanted
             self._publish()
-            numbers = sorted(wanted)
-            self._begin(numbers, wanted)
-            while late := [n for n in numbers if self._slot_of[n] < 0 and n not in self._loads]:
+            late = self._begin(sorted(wanted), wanted)
+            while late:
                 self._wait_for_slot()
-                self._begin(late, wanted)
+                late = self._begin(late, wanted)
 
     def arrived(self, layer: LayerExperts, ids: Sequence[int]) -> list[int]:
         begin = None
@@ -361,12 +360,12 @@ class ExpertStore:
             self._publish()
             room = min(_LOOKAHEAD, self._capacity - 2 * self.top_k)
             room -= sum(load.ahead for load in self._loads.values())
-            kept = {layer.first + int(e) for e in ids}
+            numbers = [layer.first + int(e) for e in ids]
+            kept = self._protected.union(numbers)
             if layer.first:  # the layer before is computing, even if it had to ask for nothing
                 kept.update(self._last_choice(layer.first // self.n_experts - 1))
-            numbers = [layer.first + int(e) for e in ids]
             absent = [n for n in numbers if self._slot_of[n] < 0 and n not in self._loads]
-            slots = self._free_slots(min(room, len(absent)), self._protected | kept)
+            slots = self._free_slots(min(room, len(absent)), kept)
             new = [self._start(*one, ahead=True) for one in zip(absent, slots, strict=False)]
             self._reader.submit(new)
             self._ahead += len(new)
@@ -502,10 +501,11 @@ class ExpertStore:
             if missing and missing[0] == ids[0]:
                 self._begin(soon[: self._few], self._protected)
 
-    def _begin(self, numbers: Iterable[int], protected: Collection[int]) -> None:
+    def _begin(self, numbers: Iterable[int], protected: Collection[int]) -> list[int]:
         """Start or hurry the reading of those that are not resident.
 
-        As many as there are slots for that are free or held by others than `protected`.
+        As many as there are slots for that are free or held by others than `protected`; returns
+        the rest.
         """
         absent = [number for number in numbers if self._slot_of[number] < 0]
         for load in map(self._loads.get, absent):
@@ -514,6 +514,7 @@ class ExpertStore:
         new = [number for number in absent if number not in self._loads]
         slots = self._free_slots(len(new), protected)
         self._reader.submit(list(map(self._start, new, slots)))
+        return new[len(slots) :]
 
     def _judge(self, wanted: Collection[int]) -> None:
         """A router has spoken: give up what was loaded ahead in vain, and draw conclusions.
