@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import numpy as np
 
 from kimi_cpu.quant import Int4Weight, PackedWeight
 from kimi_cpu.store.checkpoint import Checkpoint
-from kimi_cpu.store.experts.backends import DirectBackend, Io, MappedBackend, slot_bytes_of
+from kimi_cpu.store.experts.backends import (
+    DirectBackend,
+    Io,
+    MappedBackend,
+    Piece,
+    slot_bytes_of,
+)
 from kimi_cpu.store.experts.budget import Budget, make_budget
 from kimi_cpu.store.experts.residency import Expert, ExpertStore
+
+EXPERTS, TOP_K, LAYERS = 16, 4, (1, 2)  # of the tiny model
 
 
 def arrays(expert: Expert) -> list[np.ndarray]:
@@ -65,3 +74,41 @@ class Shelf:
             expected = arrays(self._checkpoint.expert(self._layer, expert))
             for ours, theirs in zip(arrays(weights), expected, strict=True):
                 np.testing.assert_array_equal(ours, theirs)
+
+
+def shelves(checkpoint: Checkpoint, store: ExpertStore) -> dict[int, Shelf]:
+    found = {layer: Shelf(checkpoint, layer) for layer in LAYERS}
+    for layer, shelf in found.items():
+        store.layer(layer).put_on(shelf)
+    return found
+
+
+def take(store: ExpertStore, layer: int, ids: list[int]) -> None:
+    """What a layer does: ask, and wait until all are there."""
+    experts = store.layer(layer)
+    shape = (1, -1) if len(ids) == TOP_K else (-1, 1)
+    experts.count(np.array(ids, dtype=np.int32).reshape(shape))
+    experts.request(ids)
+    left = list(ids)
+    while left:
+        left = [e for e in left if e not in experts.arrived(left)]
+
+
+class Failing(DirectBackend):
+    """Fails or delays reads on demand."""
+
+    error: OSError | None = None
+    gate: threading.Event | None = None
+
+    def read(self, piece: Piece) -> None:
+        if self.gate is not None:
+            self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        super().read(piece)
+
+
+def failing_store(checkpoint: Checkpoint, slots: int) -> tuple[ExpertStore, Failing]:
+    budget = budget_of(checkpoint, slots)
+    backend = Failing(slots, budget.slot_bytes)
+    return ExpertStore(checkpoint, backend, budget), backend
