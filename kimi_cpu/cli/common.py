@@ -237,7 +237,7 @@ def note_if_compiling() -> None:
     from kimi_cpu.kernels import isa
 
     if not isa.is_cached():
-        note("Compiling the kernels for this CPU, only this once (about a minute) ...")
+        note("Compiling the kernels for this CPU, only this once (half a minute) ...")
 
 
 def watch_weight_files() -> None:

@@ -36,7 +36,7 @@ from kimi_cpu.kernels.attention_tile import (
     values_tile,
 )
 from kimi_cpu.kernels.common import BLOCK_TOKENS, KIND_BF16, KIND_F32
-from kimi_cpu.kernels.isa import jit
+from kimi_cpu.kernels.isa import jit, standalone
 from kimi_cpu.kernels.simd import load_f32, load_i32, load_i64, store_i32
 
 #: Rows of a timeline that one item of decode attention covers; a multiple of BLOCK_ROWS.
@@ -124,7 +124,7 @@ def _in_block(  # type: ignore[no-untyped-def]
     return block + keys + inner * key_stride, block + k_pe + inner * k_pe_stride
 
 
-@jit
+@standalone
 def _attend(  # type: ignore[no-untyped-def]
     form, queries, state, n_queries, table, keys, key_stride, k_pe, k_pe_stride, is_bf16, values,
     value_stride, n_dim, p_dim, v_dim, row_start, row_stop, scratch,
@@ -162,7 +162,9 @@ def _attend(  # type: ignore[no-untyped-def]
             key, pe = _in_block(table, first, keys, key_stride, k_pe, k_pe_stride)
             following = key
             if first + BLOCK_ROWS < row_stop:
-                following, _ = _in_block(table, first + BLOCK_ROWS, keys, key_stride, k_pe, 0)
+                following, _ = _in_block(
+                    table, first + BLOCK_ROWS, keys, key_stride, k_pe, k_pe_stride
+                )
         value = values + first * value_stride
         if form == FORM_F32:
             if keys_bf16:
@@ -291,7 +293,7 @@ def decode_range(  # type: ignore[no-untyped-def]
     place = scratch + slots * SLOT_CELL + slot * slot_bytes
     timeline, first_item = 0, 0
     while start < stop:
-        items = decode_items(starts + timeline * 8, 1, n_tokens, n_queries)
+        items = decode_items(starts + timeline * 8, np.int64(1), n_tokens, n_queries)
         if start >= first_item + items:
             timeline += 1
             first_item += items
@@ -381,7 +383,9 @@ def prefill_range(  # type: ignore[no-untyped-def]
                 n_heads * p_dim * 4, min(LANE_GROUP, n - first), n_dim, p_dim, scale,
                 queries + group * group_bytes,
             )  # fmt: skip
-            _start_group(states + group * item_bytes, v_dim, t + first, n_tokens, 1, position)
+            _start_group(
+                states + group * item_bytes, v_dim, t + first, n_tokens, np.int64(1), position
+            )
         head_keys = keys + head * (n_dim + v_dim) * 4
         _attend(
             form, queries, states, n, 0, head_keys, key_stride, k_pe,

@@ -12,7 +12,7 @@ from numba.core import types
 
 from kimi_cpu.kernels.common import KIND_BF16, KIND_F32
 from kimi_cpu.kernels.dense import load_weights
-from kimi_cpu.kernels.isa import REGISTERS, jit
+from kimi_cpu.kernels.isa import REGISTERS, standalone
 from kimi_cpu.kernels.simd import FLOAT, LANES, Emit, F32x16, const, literal_intrinsic
 
 #: Tokens that share a row of the weight.
@@ -88,7 +88,7 @@ def _weighted_rows(
     return types.void(kind, count, *[types.int64] * 8), codegen
 
 
-@jit
+@standalone
 def absorb_q_range(  # type: ignore[no-untyped-def]
     q, w, is_bf16, out, n_tokens, n_heads, n_dim, rank, w_head_rows, start, stop
 ):

@@ -14,7 +14,7 @@ from typing import Any
 from numba.core import types
 
 from kimi_cpu.kernels.attention_tile import FORM_BF16, HAS_BF16_DOT, _multiply_add, _to_bf16
-from kimi_cpu.kernels.isa import jit
+from kimi_cpu.kernels.isa import jit, standalone
 from kimi_cpu.kernels.simd import (
     I16,
     I32,
@@ -243,7 +243,7 @@ def _any_tile(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-@jit
+@standalone
 def bf16_rows(  # type: ignore[no-untyped-def]
     x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop
 ):

@@ -13,7 +13,7 @@ from numba.core import types
 
 from kimi_cpu.kernels.common import KIND_PACKED4
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS
-from kimi_cpu.kernels.isa import jit
+from kimi_cpu.kernels.isa import standalone
 from kimi_cpu.kernels.q8 import rows_q8, rows_to_lanes, tile_of
 from kimi_cpu.kernels.simd import I16, LANES, Emit, I32x16, intrinsic, vec
 from kimi_cpu.quant import BLOCK_COLUMNS, block_bytes
@@ -75,7 +75,7 @@ def fill_blocks(
     return types.void(*[types.int64] * 8), codegen
 
 
-@jit
+@standalone
 def gemm_rows(  # type: ignore[no-untyped-def]
     x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
 ):

@@ -16,11 +16,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import hashlib
+import inspect
 import os
 import platform
 import shutil
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,9 +30,10 @@ from pathlib import Path
 from typing import Any
 
 import llvmlite
+import llvmlite.binding
 import numba
 from llvmlite.binding import llvm_version_info
-from numba.core import config
+from numba.core import config, types
 from numba.core.codegen import get_host_cpu_features
 from numba.core.registry import cpu_target
 
@@ -276,6 +279,34 @@ def c_callback(signature: str, function: Callable[..., Any]) -> Any:
     """Compile a function for calls through its machine `address`, cached in CACHE_FOLDER."""
     with _our_cache():
         return numba.cfunc(signature, cache=True, error_model="numpy")(function)
+
+
+_link_lock = threading.Lock()
+#: Standalone functions that wait for `link`, callees before their callers, and those it has linked.
+_unlinked: list[tuple[str, str, Callable[..., None]]] = []
+_linked: list[Any] = []
+
+
+def standalone(function: Callable[..., None]) -> Any:
+    """A function of int64 that is compiled once: its callers know its name and not its body.
+
+    What a `jit` function calls is optimised again as a part of it, and of what calls that. For the
+    large kernels this would be most of the time that a first start takes.
+    """
+    symbol = f"{function.__module__}.{function.__qualname__}"
+    signature = types.void(*[types.int64] * len(inspect.signature(function).parameters))
+    _unlinked.append((symbol, signature, function))
+    return types.ExternalFunction(symbol, signature)
+
+
+def link() -> None:
+    """Compile, or load, the standalone functions; before any code that calls one is loaded."""
+    with _link_lock:
+        for symbol, signature, function in _unlinked:
+            callback = c_callback(signature, function)
+            llvmlite.binding.add_symbol(symbol, callback.address)
+            _linked.append(callback)
+        _unlinked.clear()
 
 
 def mark_cached() -> None:

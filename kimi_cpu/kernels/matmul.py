@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from numba.core import types
 
 from kimi_cpu.kernels.bf16 import bf16_rows
@@ -24,7 +25,7 @@ from kimi_cpu.kernels.common import (
 from kimi_cpu.kernels.dense import emit_dot
 from kimi_cpu.kernels.gemm import gemm_rows
 from kimi_cpu.kernels.int4 import emit_dot_f32
-from kimi_cpu.kernels.isa import REGISTERS, VARIANT, jit
+from kimi_cpu.kernels.isa import REGISTERS, VARIANT, jit, standalone
 from kimi_cpu.kernels.packed import rows_f32
 from kimi_cpu.kernels.q8 import few_rows
 from kimi_cpu.kernels.simd import Emit, literal_intrinsic
@@ -93,6 +94,29 @@ def dot_tile(
     return types.void(rows, tokens, kind_type, *[types.int64] * 13), codegen
 
 
+@standalone
+def _rows_in_float32(  # type: ignore[no-untyped-def]
+    kind, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
+):
+    """`dot_rows` of float32 activations and weights that are float32, bf16 or published INT4."""
+    if p_stop - p_start == 1:
+        step = (stop - start + STREAMS - 1) // STREAMS
+        for i in range(step):
+            dot_tile(
+                STREAMS, 1, kind, x, x_stride, index, p_start, p_start, out, out_stride, w, scale,
+                start + i, step, stop - 1, d,
+            )  # fmt: skip
+        return
+    for block in range(start, stop, ROW_BLOCK):
+        block_stop = min(block + ROW_BLOCK, stop)
+        for p in range(p_start, p_stop, TILE_TOKENS):
+            for r in range(block, block_stop, TILE_ROWS):
+                dot_tile(
+                    TILE_ROWS, TILE_TOKENS, kind, x, x_stride, index, p, p_stop - 1,
+                    out, out_stride, w, scale, r, 1, block_stop - 1, d,
+                )  # fmt: skip
+
+
 @jit
 def dot_rows(  # type: ignore[no-untyped-def]
     kind, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
@@ -119,22 +143,9 @@ def dot_rows(  # type: ignore[no-untyped-def]
         bits = 8 if stored == KIND_PACKED8 else 4
         rows_f32(bits, x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop)
         return
-    if n == 1:
-        step = (stop - start + STREAMS - 1) // STREAMS
-        for i in range(step):
-            dot_tile(
-                STREAMS, 1, kind, x, x_stride, index, p_start, p_start, out, out_stride, w, scale,
-                start + i, step, stop - 1, d,
-            )  # fmt: skip
-        return
-    for block in range(start, stop, ROW_BLOCK):
-        block_stop = min(block + ROW_BLOCK, stop)
-        for p in range(p_start, p_stop, TILE_TOKENS):
-            for r in range(block, block_stop, TILE_ROWS):
-                dot_tile(
-                    TILE_ROWS, TILE_TOKENS, kind, x, x_stride, index, p, p_stop - 1,
-                    out, out_stride, w, scale, r, 1, block_stop - 1, d,
-                )  # fmt: skip
+    _rows_in_float32(
+        stored, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
+    )
 
 
 @jit
@@ -151,7 +162,7 @@ def matmul_range(  # type: ignore[no-untyped-def]
         first = start - b * rows
         last = min(rows, first + stop - start)
         dot_rows(
-            kind, x + b * x_batch, x_stride, index, 0, n, out + b * out_batch, out_stride,
-            w + b * w_batch, scale, d, first, last,
+            kind, x + b * x_batch, x_stride, index, np.int64(0), n, out + b * out_batch,
+            out_stride, w + b * w_batch, scale, d, first, last,
         )  # fmt: skip
         start += last - first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from kimi_cpu.kernels.attention import (
     decode_items,
     decode_merge_range,
@@ -95,7 +97,7 @@ def absorb_q(args, start, stop):  # type: ignore[no-untyped-def]
 @op_of(pack_rows)
 def pack(args, start, stop):  # type: ignore[no-untyped-def]
     x, d, out = load_args(args, 3)
-    pack_rows(x, d, out, start, stop, 0, d)
+    pack_rows(x, d, out, start, stop, np.int64(0), d)
 
 
 @op_of(round_rows)

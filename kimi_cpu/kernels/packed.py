@@ -14,7 +14,7 @@ from typing import Any
 
 from numba.core import types
 
-from kimi_cpu.kernels.isa import jit
+from kimi_cpu.kernels.isa import standalone
 from kimi_cpu.kernels.simd import (
     FLOAT,
     I8,
@@ -104,7 +104,7 @@ def _tile_f32(
     return types.void(bits, tokens, *[types.int64] * 11), codegen
 
 
-@jit
+@standalone
 def rows_f32(  # type: ignore[no-untyped-def]
     bits, x, x_stride, index, p_start, p_stop, out, out_stride, w, d, start, stop
 ):

@@ -18,7 +18,7 @@ from numba.core import types
 
 from kimi_cpu.kernels.common import KIND_INT4, KIND_PACKED4, KIND_PACKED8
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_SCALES, PACK_SUMS, emit_four_rows
-from kimi_cpu.kernels.isa import VARIANT, jit
+from kimi_cpu.kernels.isa import VARIANT, jit, standalone
 from kimi_cpu.kernels.packed import load_int8, start_sums
 from kimi_cpu.kernels.simd import (
     FLOAT,
@@ -310,7 +310,7 @@ def tile_of(n):  # type: ignore[no-untyped-def]
     return tokens
 
 
-@jit
+@standalone
 def _tile_rows(  # type: ignore[no-untyped-def]
     kind, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop
 ):

@@ -32,7 +32,7 @@ from llvmlite import ir
 from numba.core import types as numba_types
 
 from kimi_cpu.kernels.common import Position, address
-from kimi_cpu.kernels.isa import IS_X86, c_callback, jit
+from kimi_cpu.kernels.isa import IS_X86, c_callback, jit, link
 from kimi_cpu.kernels.simd import I64, POINTER, intrinsic, literal_intrinsic, load_i64
 
 types: Any = numba_types  # untyped
@@ -253,6 +253,7 @@ class Op:
     def address(self) -> int:
         """Where its machine code is."""
         if self._callback is None:
+            link()
             self._callback = c_callback("void(int64, int64, int64)", self._function)
         return int(self._callback.address)
 

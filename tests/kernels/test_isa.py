@@ -78,6 +78,24 @@ def test_a_cpu_without_avx2():
     assert "UsageError" in result.stderr and "avx2" in result.stderr
 
 
+def test_kernels_are_compiled_once(tmp_path):
+    """A constant argument would make a copy for it, of the callees too, and a first start longer."""
+    code = """
+import sys
+from kimi_cpu.kernels import ops, threads
+for op in vars(ops).values():
+    if isinstance(op, threads.Op):
+        assert op.address
+kernels = [m for name, m in sys.modules.items() if name.startswith("kimi_cpu.kernels")]
+functions = {f for m in kernels for f in vars(m).values() if hasattr(f, "nopython_signatures")}
+compiled = [f for f in functions if f.signatures]
+assert len(compiled) > 20, compiled
+print(*[f"{f.__name__} {f.signatures}" for f in compiled if len(f.signatures) > 1], sep="\\n")
+"""
+    result = run("-c", code, XDG_CACHE_HOME=str(tmp_path), NUMBA_OPT="0")
+    assert result.returncode == 0 and result.stdout.strip() == "", result.stdout + result.stderr
+
+
 @pytest.mark.skipif("avx512vnni" not in isa.runnable(), reason="needs AVX-512 VNNI")
 def test_a_forced_variant_is_compiled_for_a_machine_that_has_no_more():
     assert isa_says("isa.CPU_NAME", KIMI_CPU_ISA="avx2") == "haswell"
