@@ -88,7 +88,8 @@ class Engine:
             threads: 1 to 1,024; the default is the number of physical cores that this process may
                 use. The numbers computed do not depend on it.
             backend: "simd", or "reference" for plain NumPy, which is slow and is the definition.
-            memory: bytes that may be used; by default what is available now, less a tenth.
+            memory: bytes that may be used; by default what is available now, less a tenth
+                or 1 GB.
             latents: bytes of them that are set aside for latents that are kept beside those of the
                 sessions in use (`prefixes.PrefixCache`); None takes a tenth, or less if that leaves
                 too little. `experts.latent_bytes` tells.

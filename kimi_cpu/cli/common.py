@@ -91,7 +91,7 @@ def parsed_size(ctx: click.Context, param: click.Parameter, value: str | None) -
 _STORE_OPTIONS = (
     click.option(
         "--memory", metavar="SIZE", callback=parsed_size,
-        help="Memory to use, like 16G; default: what is available, less a tenth.",
+        help="Memory to use, like 16G; default: available less a tenth (1 GB at most).",
     ),
     click.option(
         "--io", type=click.Choice(["auto", "mmap", "direct"]), default="auto", show_default=True,

@@ -75,7 +75,7 @@ class Plan:
 
     Attributes:
         subject, machine, routing: what was planned, on what, and the assumption.
-        memory_bytes: what may be used now: available, less a tenth.
+        memory_bytes: what may be used now: available, less a tenth or 1 GB.
         prompt_tokens: of the prompt, which then is the context of decoding.
         forms: one for each of the subject's shapes.
     """

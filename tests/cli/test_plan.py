@@ -86,7 +86,7 @@ def test_the_cgroups_limit_is_what_counts(plan, monkeypatch, tmp_path) -> None:
     with_memory(monkeypatch, tmp_path, 20 << 30)
     value = json.loads(plan("--disk", "2", "--json", "--memory", "20G"))
     assert value["machine"]["ram_bytes"] == 20 << 30
-    assert value["memory_bytes"] == int(0.9 * (20 << 30))
+    assert value["memory_bytes"] == 19 << 30  # 1 GB is left to others
     published, packed = value["forms"]
     assert not published["here"]["runs"] and packed["here"]["runs"]
     assert "repacked" in value["verdict"] and "as published it would need" in (

@@ -13,8 +13,9 @@ from kimi_cpu.store.experts.backends import slot_bytes_of
 #: For the interpreter, the compiled kernels and a pass's intermediate results. (Python with NumPy,
 #: Numba and loaded kernels takes 0.2 to 0.25 GB.) The latents of the timelines come on top.
 RESERVE_BYTES = 512 << 20
-#: Of the memory that is available, this part is left to the system and to others by default.
-_LEFT_TO_OTHERS = 0.1
+#: Of the memory that is available, this part is left to the system and to others by default, but
+#: no more than so many bytes: what they grow by does not grow with the machine.
+_LEFT_TO_OTHERS, _MOST_LEFT_TO_OTHERS = 0.1, 1 << 30
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(?:i?b)?\s*", re.IGNORECASE)
 _UNITS = {"": 1, "k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
@@ -127,14 +128,15 @@ class Budget:
 
 
 def default_memory() -> int:
-    """Bytes that are used if nobody says how many: what is available now less a tenth."""
-    return int(hardware.available_ram_bytes() * (1 - _LEFT_TO_OTHERS))
+    """Bytes that are used if nobody says how many: what is available now, less a tenth or 1 GB."""
+    available = hardware.available_ram_bytes()
+    return available - min(int(available * _LEFT_TO_OTHERS), _MOST_LEFT_TO_OTHERS)
 
 
 def make_budget(
     checkpoint: Checkpoint, memory: int | None = None, latents: int | None = 0
 ) -> Budget:
-    """Divide `memory` bytes, by default what is available now less a tenth.
+    """Divide `memory` bytes, by default `default_memory`.
 
     latents: bytes set aside for latents that are kept; None takes a tenth of the memory, or half of
         what the least that works leaves, if that is less.

@@ -33,7 +33,7 @@ def open_experts(
     """The store of a checkpoint's routed experts.
 
     Args:
-        memory: bytes that the process may use; by default what is available now, less a tenth.
+        memory: bytes that the process may use; by default `default_memory()`.
         latents: bytes of it that are set aside for latents that are kept; None: see `make_budget`.
         io: "mmap", "direct", or "auto": mapped if everything fits into memory (then it is there
             at the next start, too), else what is faster on this disk, which takes up to 2 s to
