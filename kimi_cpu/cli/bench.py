@@ -109,11 +109,10 @@ def command(
     from kimi_cpu import hardware
     from kimi_cpu.benchmark.runner import Bench, Test, count_steps
     from kimi_cpu.cli import bench_report as report
-    from kimi_cpu.kernels import isa
 
     tests = _tests(Test, n_prompt, n_gen, n_pg, n_depth)
     thread_counts = threads or [hardware.default_threads()]
-    common.note_if_compiling()
+    common.compile_kernels()
     common.watch_weight_files()
     steps = count_steps(len(tests), len(thread_counts), repetitions)
     records: list[dict[str, Any]] = []
@@ -152,8 +151,6 @@ def command(
                 show(report.as_csv(records[-1], header=len(records) == 1))
             elif output == "jsonl":
                 show(report.as_jsonl(records[-1]))
-    if any(t.n_prompt for t in tests) and any(t.n_gen for t in tests):
-        isa.mark_cached()
     if output == "json":
         click.echo(report.as_json(records))
     elif output == "md":

@@ -45,8 +45,6 @@ Tools = list[dict[str, Any]]
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 GENERATION_CONFIG = "generation_config.json"
-#: After so many tokens of a reply no kernel is used for the first time any more.
-_COMPILING_TOKENS = 2
 #: Undoes a mode of the terminal that editors switch on.
 _END_PASTING = "\x1b[?2004l"
 #: What a newcomer may ask the embedded model.
@@ -128,8 +126,6 @@ class Loaded:
     session: Session
     tokenizer: Tokenizer
     template: ChatTemplate
-    #: Called after a reply, when all that a reply needs has been compiled.
-    compiled: Callable[[], None] = lambda: None
 
     @property
     def embedded(self) -> bool:
@@ -158,9 +154,7 @@ class Loaded:
         from kimi_cpu.sampling import SamplingParams
         from kimi_cpu.server.settings import ServedModel
 
-        return ServedModel(
-            self.name, self.engine, self.tokenizer, self.template, SamplingParams(), self.compiled
-        )
+        return ServedModel(self.name, self.engine, self.tokenizer, self.template, SamplingParams())
 
     def prompt(
         self, messages: Messages, tools: Tools, *, thinking: bool | None = None, reply: bool = True
@@ -232,12 +226,25 @@ def model_folder(named: str | None) -> Path:
     return folder
 
 
-def note_if_compiling() -> None:
-    """Tell the user what the first start on a machine takes its time for."""
+def compile_kernels() -> None:
+    """What the first start on a machine takes its time for. Imports numba."""
     from kimi_cpu.kernels import isa
 
-    if not isa.is_cached():
-        note("Compiling the kernels for this CPU, only this once (half a minute) ...")
+    if isa.is_cached():
+        return
+    note("Compiling the kernels for this CPU, only this once (half a minute) ...")
+    from tqdm import tqdm
+
+    from kimi_cpu.kernels.fast import compile_all
+
+    with tqdm(
+        desc="compiling", total=0, bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}",
+        disable=None, leave=False, file=sys.stderr,
+    ) as bar:  # fmt: skip
+        for left in compile_all():
+            bar.total = max(bar.total, left)
+            bar.update(bar.total - left - bar.n)
+            bar.refresh()
 
 
 def watch_weight_files() -> None:
@@ -278,7 +285,6 @@ def load_model(
         tokenizer = Tokenizer.load(folder)
         template = ChatTemplate.load(folder)
         from kimi_cpu.engine import Engine
-        from kimi_cpu.kernels import isa
 
         watch_weight_files()
         engine = Engine.load(
@@ -288,8 +294,8 @@ def load_model(
         check_tokenizer(tokenizer, engine.config)
     finally:
         status.clear()
-    note_if_compiling()
-    return Loaded(folder, engine, engine.session(), tokenizer, template, isa.mark_cached)
+    compile_kernels()
+    return Loaded(folder, engine, engine.session(), tokenizer, template)
 
 
 def sampling_params(
@@ -409,8 +415,6 @@ def reply_events(
             status.clear()
             if isinstance(event, Result):
                 model.replies.remember(prompt.key, event.message, [*reply.prompt, *reply.ids])
-                if event.usage.completion_tokens > _COMPILING_TOKENS:
-                    model.compiled()
             yield event
     finally:
         status.clear()

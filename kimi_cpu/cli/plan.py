@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from kimi_cpu.cli import common
 from kimi_cpu.cli.terminal import Status, note
 from kimi_cpu.errors import UsageError
 
@@ -85,11 +86,9 @@ def command(
     try:
         routing = _routing(subject, trace, hit_rate, skew, locality)
         from kimi_cpu.cli import plan_report
-        from kimi_cpu.kernels import isa
         from kimi_cpu.planning.plan import make_plan
 
-        if not isa.is_cached():
-            note("Compiling the kernels that are timed, only this once (10 to 20 s) ...")
+        common.compile_kernels()
         status = Status()
         try:
             made = make_plan(

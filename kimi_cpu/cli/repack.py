@@ -198,7 +198,7 @@ def _compare_predictions(source: Path, folder: Path) -> None:
                 f"Where they do: kimi-cpu repack --verify {source} {folder}"
             )
             return
-        common.note_if_compiling()
+        common.compile_kernels()
         common.watch_weight_files()
         with tqdm(unit=" tokens", desc="predicting", disable=None) as bar:
 

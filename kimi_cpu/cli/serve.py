@@ -138,7 +138,7 @@ def command(
         phase("memory speed")
         engine = loaded.engine
         return ServedModel(
-            loaded.name, engine, loaded.tokenizer, loaded.template, defaults, loaded.compiled,
+            loaded.name, engine, loaded.tokenizer, loaded.template, defaults,
             ceiling_tps(folder, engine.threads), engine.experts.latent_bytes,
         )  # fmt: skip
 

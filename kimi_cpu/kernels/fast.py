@@ -1,8 +1,9 @@
 """The compiled kernels behind the signatures of `kernels.reference`; see there for the meaning.
 
 Importing this module imports numba and chooses the instruction set (`kernels.isa`); each kernel
-is compiled, or loaded from the disk cache, when first called. Every function may be called from
-several Python threads at once, and its result does not depend on `threads`.
+is compiled, or loaded from the disk cache, when first called, or all by `compile_all`. Every
+function may be called from several Python threads at once, and its result does not depend on
+`threads`.
 """
 
 from kimi_cpu.kernels import ops  # noqa: F401 - registers the operations
@@ -22,7 +23,7 @@ from kimi_cpu.kernels.linears import (
 )
 from kimi_cpu.kernels.mla import absorb_q, absorb_v, mla_decode, mla_prefill, store_latents
 from kimi_cpu.kernels.routed import anticipate, moe, request, route
-from kimi_cpu.kernels.threads import recording
+from kimi_cpu.kernels.threads import compile_all, recording
 
 __all__ = [
     "HAS_BF16_DOT",
@@ -32,6 +33,7 @@ __all__ = [
     "absorb_v",
     "add",
     "anticipate",
+    "compile_all",
     "linear",
     "linear_q8",
     "mla_decode",

@@ -275,7 +275,7 @@ def jit(function: Callable[..., Any]) -> Any:
         return numba.njit(cache=True, nogil=True, error_model="numpy")(function)
 
 
-def c_callback(signature: str, function: Callable[..., Any]) -> Any:
+def c_callback(signature: Any, function: Callable[..., Any]) -> Any:
     """Compile a function for calls through its machine `address`, cached in CACHE_FOLDER."""
     with _our_cache():
         return numba.cfunc(signature, cache=True, error_model="numpy")(function)
@@ -283,7 +283,7 @@ def c_callback(signature: str, function: Callable[..., Any]) -> Any:
 
 _link_lock = threading.Lock()
 #: Standalone functions that wait for `link`, callees before their callers, and those it has linked.
-_unlinked: list[tuple[str, str, Callable[..., None]]] = []
+_unlinked: list[tuple[str, Any, Callable[..., None]]] = []
 _linked: list[Any] = []
 
 
@@ -299,18 +299,23 @@ def standalone(function: Callable[..., None]) -> Any:
     return types.ExternalFunction(symbol, signature)
 
 
-def link() -> None:
-    """Compile, or load, the standalone functions; before any code that calls one is loaded."""
+def link() -> Iterator[int]:
+    """Compile, or load, the standalone functions, before any code that calls one is loaded.
+
+    Before each of them, how many are left.
+    """
     with _link_lock:
-        for symbol, signature, function in _unlinked:
+        while _unlinked:
+            yield len(_unlinked)
+            symbol, signature, function = _unlinked[0]
             callback = c_callback(signature, function)
             llvmlite.binding.add_symbol(symbol, callback.address)
             _linked.append(callback)
-        _unlinked.clear()
+            _unlinked.pop(0)
 
 
 def mark_cached() -> None:
-    """Note that all kernels of a reply have been compiled, or loaded from the cache."""
+    """Note that all kernels have been compiled, see `threads.compile_all`."""
     with contextlib.suppress(OSError):
         (CACHE_FOLDER / _COMPLETE).touch()
 

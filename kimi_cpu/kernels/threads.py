@@ -32,7 +32,7 @@ from llvmlite import ir
 from numba.core import types as numba_types
 
 from kimi_cpu.kernels.common import Position, address
-from kimi_cpu.kernels.isa import IS_X86, c_callback, jit, link
+from kimi_cpu.kernels.isa import IS_X86, c_callback, jit, link, mark_cached
 from kimi_cpu.kernels.simd import I64, POINTER, intrinsic, literal_intrinsic, load_i64
 
 types: Any = numba_types  # untyped
@@ -253,7 +253,8 @@ class Op:
     def address(self) -> int:
         """Where its machine code is."""
         if self._callback is None:
-            link()
+            for _ in link():
+                pass
             self._callback = c_callback("void(int64, int64, int64)", self._function)
         return int(self._callback.address)
 
@@ -269,6 +270,20 @@ def op_of(kernel: Any) -> Callable[[Callable[..., None]], Op]:
         return _OPS[kernel]
 
     return register
+
+
+def compile_all() -> Iterator[int]:
+    """Compile the operations, or load them from the cache, before the first token needs them.
+
+    Before each piece of work, how many are left.
+    """
+    for left in link():
+        yield left + len(_OPS)
+    for done, op in enumerate(list(_OPS.values())):
+        yield len(_OPS) - done
+        assert op.address
+    _lead_team(0, 0, 0, threads=2)  # an empty tape: what plays it, and what a worker does
+    mark_cached()
 
 
 class _Team:

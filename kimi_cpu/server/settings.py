@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -53,7 +52,6 @@ class ServedModel:
     """A loaded model and what is known about it.
 
     defaults: the sampling parameters that the checkpoint recommends.
-    compiled: called once when all that a reply needs has been compiled.
     ceiling_tps: tokens a second that the machine's memory allows a reply, where that is the limit.
     session_bytes: of memory, latents kept for later requests; the engine was told of them.
     """
@@ -63,7 +61,6 @@ class ServedModel:
     tokenizer: Tokenizer
     template: ChatTemplate
     defaults: SamplingParams
-    compiled: Callable[[], None] = lambda: None
     ceiling_tps: float | None = None
     session_bytes: int = 1 << 30
 

@@ -178,11 +178,10 @@ class Worker:
 
 
 def warm_up(model: ServedModel) -> None:
-    """Do once what the first request would wait for: kernels are loaded or compiled by computing
-    a few tokens, and grammars get their tables of the vocabulary."""
+    """Do once what the first request would wait for: kernels are loaded and weights mapped by
+    computing a few tokens, and grammars get their tables of the vocabulary."""
     vocabulary(model.tokenizer)
     session = model.engine.session()
     session.sync([0, 1])  # few tokens: each reads experts from disk
     session.step(2)
     session.step(3)
-    model.compiled()

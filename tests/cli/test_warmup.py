@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import threading
 
-import pytest
-
-from kimi_cpu.cli import common
 from kimi_cpu.cli.warmup import Warmup
-from kimi_cpu.sampling import SamplingParams
-from tests.cli import fake
 
 
 class SlowSession:
@@ -64,20 +59,3 @@ def test_ctrl_c_leaves_it_and_nothing_new_begins_meanwhile():
     assert warmup.finish([1, 2, 3], never) and session.done == []
     warmup.start([4])
     assert warmup.finish([4], never) and session.done == [[4]]
-
-
-@pytest.mark.parametrize("max_tokens", [2, 3])
-def test_kernels_count_as_compiled_after_a_reply(folder, max_tokens):
-    """A reply that was broken off, or too short to use them all, does not count."""
-    model = fake.load_model(folder, None, "fast")
-    calls: list[int] = []
-    model.compiled = lambda: calls.append(1)
-    params = SamplingParams(max_tokens=max_tokens)
-    messages = [{"role": "user", "content": "hello"}]
-    events = common.reply_events(model, messages, [], params)
-    next(events)
-    events.close()
-    assert not calls
-    for _ in common.reply_events(model, messages, [], params):
-        pass
-    assert len(calls) == (max_tokens > 2)

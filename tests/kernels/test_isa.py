@@ -79,13 +79,13 @@ def test_a_cpu_without_avx2():
 
 
 def test_kernels_are_compiled_once(tmp_path):
-    """A constant argument would make a copy for it, of the callees too, and a first start longer."""
+    """A constant argument would make a copy for it, of the callees too: a longer first start."""
     code = """
 import sys
-from kimi_cpu.kernels import ops, threads
-for op in vars(ops).values():
-    if isinstance(op, threads.Op):
-        assert op.address
+from kimi_cpu.kernels import fast, isa
+assert not isa.is_cached()
+left = list(fast.compile_all())
+assert isa.is_cached() and left == list(range(len(left), 0, -1)), left
 kernels = [m for name, m in sys.modules.items() if name.startswith("kimi_cpu.kernels")]
 functions = {f for m in kernels for f in vars(m).values() if hasattr(f, "nopython_signatures")}
 compiled = [f for f in functions if f.signatures]
