@@ -435,6 +435,7 @@ class ExpertStore:
 
     def _start(self, number: int, slot: int, ahead: bool = False) -> Load:
         """A load of this expert into this slot, to be submitted."""
+        assert number not in self._loads, "a second load would lose the slot of the first"
         extents = self._extents(number)
         load = Load(
             number, slot, self._backend, self._backend.pieces(slot, extents),
