@@ -52,6 +52,7 @@ from kimi_cpu import __version__, hardware
 from kimi_cpu.benchmark.runner import Bench, Test, trace
 from kimi_cpu.config import ModelConfig
 from kimi_cpu.errors import UsageError, UserError
+from kimi_cpu.kernels import isa
 from kimi_cpu.store.checkpoint import Checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,8 +180,8 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """A name for this machine's file of results."""
-    words = re.sub(r"[^a-z0-9]+", "-", hardware.cpu_name().lower()).strip("-")
+    """A name for this machine's file of results. (Hosts of virtual machines call all CPUs alike.)"""
+    words = re.sub(r"[^a-z0-9]+", "-", f"{hardware.cpu_name()} {isa.CPU_NAME}".lower()).strip("-")
     return f"{words}-{hardware.default_threads()}-cores"
 
 
