@@ -360,7 +360,8 @@ class ExpertStore:
             self._publish()
             room = min(_LOOKAHEAD, self._capacity - 2 * self.top_k)
             room -= sum(load.ahead for load in self._loads.values())
-            numbers = [layer.first + int(e) for e in ids]
+            # A router whose logits are not finite may choose one twice; the pass then fails.
+            numbers = list(dict.fromkeys(layer.first + int(e) for e in ids))
             kept = self._protected.union(numbers)
             if layer.first:  # the layer before is computing, even if it had to ask for nothing
                 kept.update(self._last_choice(layer.first // self.n_experts - 1))

@@ -40,6 +40,20 @@ def test_loads_go_on_until_asked_for(checkpoint: Checkpoint, io) -> None:
     store.close()
 
 
+def test_a_guess_that_comes_twice_is_read_once(checkpoint: Checkpoint) -> None:
+    """As of a router of damaged weights. A second load would lose the slot of the first."""
+    store = open_store(checkpoint, 12, "direct")
+    found = shelves(checkpoint, store)
+    for t in range(20):
+        first = 4 * t % EXPERTS
+        store.layer(2).anticipate([first, first, first + 1, first, first + 1])
+        take(store, 2, [first, first + 1, first + 2, first + 3])
+    used = store.resident + len(store._free)
+    assert used == store.capacity and store.stats().ahead == 40
+    found[2].check([first, first + 1, first + 2, first + 3])
+    store.close()
+
+
 def test_useless_lookahead_switches_itself_off_for_a_while(checkpoint: Checkpoint) -> None:
     store = open_store(checkpoint, 12, "direct")
     shelves(checkpoint, store)
