@@ -180,7 +180,7 @@ def commit() -> str:
 
 
 def machine() -> str:
-    """A name for this machine's file of results. (Hosts of virtual machines call all CPUs alike.)"""
+    """A name for this machine's file of results; virtual machines call all CPUs alike."""
     words = re.sub(r"[^a-z0-9]+", "-", f"{hardware.cpu_name()} {isa.CPU_NAME}".lower()).strip("-")
     return f"{words}-{hardware.default_threads()}-cores"
 
