@@ -100,7 +100,8 @@ def measure(checkpoint: Checkpoint, seconds: float = PROBE_SECONDS) -> DiskSpeed
     config = checkpoint.config
     layers, n = config.moe_layers, config.n_routed_experts
     order = np.random.default_rng(0).permutation(len(layers) * n).tolist()
-    experts = iter([(layers[i // n], i % n) for i in order])
+    places = [(layers[i // n], i % n) for i in order]
+    experts = iter(places)
     first = checkpoint.expert_extents(layers[0], 0)
     slot_bytes = 2 * slot_bytes_of(first)  # others may lie less favourably
     backends: list[Backend] = [MappedBackend()]
@@ -109,6 +110,9 @@ def measure(checkpoint: Checkpoint, seconds: float = PROBE_SECONDS) -> DiskSpeed
     done = [[0, 0.0] for _ in backends]
     reader = Reader()
     try:
+        for backend in backends:
+            if backend.io == "direct":  # its memory is new: the first write to a page takes time
+                _read_some(checkpoint, backend, reader, iter(places[-_AT_A_TIME:]), [0, 0.0])
         end = time.perf_counter() + seconds
         while time.perf_counter() < end:
             for backend, total in zip(backends, done, strict=True):
