@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from kimi_cpu.benchmark import pagecache
 from kimi_cpu.errors import UserError
-from kimi_cpu.kernels.rounding import round_rows
+from kimi_cpu.kernels import repacking
 from kimi_cpu.quant import U8
 from kimi_cpu.store.repack import Options, plan_repack, repack
 from kimi_cpu.store.repack.files import Files, Scratch
@@ -99,7 +99,7 @@ def main() -> None:
         plan = plan_repack(options.source, options.out, Options())
         begin = time.perf_counter()
         try:
-            report = repack(plan, round_rows=round_rows)
+            report = repack(plan, kernels=repacking)
         finally:
             seconds = time.perf_counter() - begin
             for left in (options.out, plan.progress.folder):

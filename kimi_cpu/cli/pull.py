@@ -88,10 +88,10 @@ def _pull_and_repack(
         return
     if plan.done_bytes:
         note(f"Going on: {size(plan.done_bytes)} of {size(plan.layout.n_bytes)} are there already.")
-    from kimi_cpu.kernels.rounding import round_rows
+    from kimi_cpu.kernels import repacking
 
     started = time.monotonic()
     with progress_bar("repacking", plan.work_bytes) as bar:
-        report = repack(plan, shards, on_bytes=bar.update, round_rows=round_rows)
+        report = repack(plan, shards, on_bytes=bar.update, kernels=repacking)
     written_bytes = plan.layout.n_bytes - plan.done_bytes
     click.echo(report_text(report, written_bytes, time.monotonic() - started))

@@ -91,12 +91,12 @@ def command(
         )
     if plan.done_bytes:
         note(f"Going on: {size(plan.done_bytes)} of {size(plan.layout.n_bytes)} are there already.")
-    from kimi_cpu.kernels.rounding import round_rows
+    from kimi_cpu.kernels import repacking
 
     started = time.monotonic()
     with progress_bar("repacking", plan.work_bytes) as bar:
         shards = LocalShards(delete_source_shards)
-        report = repack(plan, shards, threads, bar.update, round_rows)
+        report = repack(plan, shards, threads, bar.update, repacking)
     took_s = time.monotonic() - started
     click.echo(report_text(report, plan.layout.n_bytes - plan.done_bytes, took_s))
     if delete_source_shards:

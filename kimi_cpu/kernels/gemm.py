@@ -42,7 +42,8 @@ def fill_blocks(
 
     w and scale are the addresses of row 0 in the first of n_groups groups; row_bytes is
     in_features / 2. 256 bytes a group are asked for from `ahead` on. Of an odd number of groups
-    the last block's second half gets no weights, but scales of 0.
+    the last block's second half gets no weights, but scales of 0. Scales are written 16 groups
+    at a time: there must be room in `to` for those that do not exist.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:

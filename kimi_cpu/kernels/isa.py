@@ -282,7 +282,8 @@ def c_callback(signature: Any, function: Callable[..., Any]) -> Any:
 
 
 _link_lock = threading.Lock()
-#: Standalone functions that wait for `link`, callees before their callers, and those it has linked.
+#: Standalone functions that wait for `link`, in the order of their definition, so that what one
+#: calls comes before it; and those that `link` has compiled.
 _unlinked: list[tuple[str, Any, Callable[..., None]]] = []
 _linked: list[Any] = []
 
@@ -302,7 +303,7 @@ def standalone(function: Callable[..., None]) -> Any:
 def link() -> Iterator[int]:
     """Compile, or load, the standalone functions, before any code that calls one is loaded.
 
-    Before each of them, how many are left.
+    Yields before each of them how many are left.
     """
     with _link_lock:
         while _unlinked:

@@ -161,7 +161,7 @@ def matmul_range(  # type: ignore[no-untyped-def]
         b = start // rows
         first = start - b * rows
         last = min(rows, first + stop - start)
-        dot_rows(
+        dot_rows(  # a plain 0 would be compiled in, as a second copy of all that it calls
             kind, x + b * x_batch, x_stride, index, np.int64(0), n, out + b * out_batch,
             out_stride, w + b * w_batch, scale, d, first, last,
         )  # fmt: skip

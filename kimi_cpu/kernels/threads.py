@@ -249,13 +249,17 @@ class Op:
         self._callback: Any = None
         self.__doc__ = function.__doc__
 
-    @property
-    def address(self) -> int:
-        """Where its machine code is."""
+    def compile(self) -> None:
+        """Compile it, or load it from the cache, if that has not been done yet."""
         if self._callback is None:
             for _ in link():
                 pass
             self._callback = c_callback("void(int64, int64, int64)", self._function)
+
+    @property
+    def address(self) -> int:
+        """Where its machine code is."""
+        self.compile()
         return int(self._callback.address)
 
 
@@ -273,15 +277,15 @@ def op_of(kernel: Any) -> Callable[[Callable[..., None]], Op]:
 
 
 def compile_all() -> Iterator[int]:
-    """Compile the operations, or load them from the cache, before the first token needs them.
+    """Compile all operations, or load them from the cache, before the first token needs them.
 
-    Before each piece of work, how many are left.
+    Yields before each piece of the work how many are left.
     """
     for left in link():
         yield left + len(_OPS)
     for done, op in enumerate(list(_OPS.values())):
         yield len(_OPS) - done
-        assert op.address
+        op.compile()
     _lead_team(0, 0, 0, threads=2)  # an empty tape: what plays it, and what a worker does
     mark_cached()
 

@@ -13,7 +13,7 @@ from kimi_cpu.kernels import isa
 from tests.kernels.runs import Run, Runs
 
 KERNELS = tuple(
-    f"tests/kernels/test_{name}.py" for name in ("linear", "moe", "attention", "rows", "rounding")
+    f"tests/kernels/test_{name}.py" for name in ("linear", "moe", "attention", "rows", "repacking")
 )
 MODEL = ("tests/test_oracle.py", "tests/test_precision.py")
 BOUNDS = Run("NUMBA_BOUNDSCHECK", "1", (*KERNELS, "tests/kernels/test_threads.py"))

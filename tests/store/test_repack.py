@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from kimi_cpu.errors import CheckpointError, UsageError, UserError
-from kimi_cpu.kernels import rounding
+from kimi_cpu.kernels import repacking
 from kimi_cpu.quant import (
     Int4Weight,
     as_f32,
@@ -178,10 +178,10 @@ def test_result(source: Path, tmp_path: Path, expected: dict[str, bytes]) -> Non
     assert report.overall is not None and 0.003 < report.overall.relative_l2 < 0.008
 
 
-def test_the_kernel_makes_the_same_files(
+def test_the_kernels_make_the_same_files(
     source: Path, tmp_path: Path, expected: dict[str, bytes]
 ) -> None:
-    repack(plan_repack(source, tmp_path / "packed", OPTIONS), round_rows=rounding.round_rows)
+    repack(plan_repack(source, tmp_path / "packed", OPTIONS), kernels=repacking)
     assert contents(tmp_path / "packed") == expected
 
 

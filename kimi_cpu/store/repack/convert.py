@@ -1,9 +1,8 @@
-"""Rounding dense weights into the packed layout, and how far that moves them."""
+"""Putting weights into the packed layout, and how far rounding dense ones moves them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from kimi_cpu.quant import (
     F32,
     U8,
     U16,
+    Int4Weight,
     as_f32,
     dequantize,
     pack,
@@ -50,9 +50,22 @@ class Deviation(NamedTuple):
 EXACT = Deviation(0.0, 0.0, 0.0)
 
 
-#: What does `round_rows`' work: it writes the same bytes and returns the same figures; only their
-#: sums may be added up in another order.
-RoundRows = Callable[["U16 | F32", int, U8], tuple[float, float, float]]
+class Kernels(Protocol):
+    """What computes: this module, or one that does the same faster (`kernels.repacking`).
+
+    The same bytes and figures; only the sums of the latter may be added up in another order.
+    """
+
+    def round_rows(self, w: U16 | F32, bits: int, out: U8) -> tuple[float, float, float]:
+        """As `convert.round_rows`."""
+
+    def pack_int4(self, weight: Int4Weight, out: U8) -> None:
+        """As `convert.pack_int4`."""
+
+
+def pack_int4(weight: Int4Weight, out: U8) -> None:
+    """Write published INT4 into `out`, uint8 [ceil(n / 16), ceil(in / 64), 576], exactly."""
+    pack(weight, out)
 
 
 def round_rows(w: U16 | F32, bits: int, out: U8) -> Deviation:

@@ -18,14 +18,13 @@ from kimi_cpu.quant import (
     PackedWeight,
     as_f32,
     dequantize,
-    pack,
     packed_shape,
     quantize_int4,
     quantize_int8,
     unpack,
 )
 from kimi_cpu.store.layout import PROJECTIONS
-from kimi_cpu.store.repack.convert import EXACT, Deviation, RoundRows, measure
+from kimi_cpu.store.repack.convert import EXACT, Deviation, Kernels, measure
 from kimi_cpu.store.repack.files import Scratch, TensorReader
 from kimi_cpu.store.repack.plan import (
     BytesJob,
@@ -41,7 +40,7 @@ _CHECK_ROW_BLOCKS = 8
 
 
 def make_piece(
-    layout: Layout, piece: Piece, reader: TensorReader, scratch: Scratch, round_rows: RoundRows
+    layout: Layout, piece: Piece, reader: TensorReader, scratch: Scratch, kernels: Kernels
 ) -> tuple[U8, Deviation]:
     """The piece's bytes, uint8 [length] in scratch memory, and what rounding changed.
 
@@ -53,7 +52,7 @@ def make_piece(
     out = scratch.take(piece.length)
     if isinstance(job, ExpertJob):
         for target, weight in zip(layout.records.weights(out), _expert(reader, job), strict=True):
-            pack(weight, target.blocks)
+            kernels.pack_int4(weight, target.blocks)
         return out, EXACT
     if job.how == "copy":
         rows = reader.rows(job.name, job.begin, job.end)
@@ -61,12 +60,12 @@ def make_piece(
         return out, EXACT
     if job.how == "pack":
         int4 = _int4(reader, job.name, job.begin, job.end)
-        pack(int4, out.reshape(packed_shape(*int4.shape, 4)))
+        kernels.pack_int4(int4, out.reshape(packed_shape(*int4.shape, 4)))
         return out, EXACT
     dense = _dense(reader, job)
     bits = _bits(job)
     blocks = out.reshape(packed_shape(len(dense), dense.shape[1], bits))
-    return out, Deviation(*round_rows(dense, bits, blocks))
+    return out, Deviation(*kernels.round_rows(dense, bits, blocks))
 
 
 def check_piece(

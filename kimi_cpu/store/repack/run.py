@@ -27,7 +27,8 @@ from kimi_cpu.store.manifest import (
     Rounding,
     WeightFile,
 )
-from kimi_cpu.store.repack.convert import EXACT, Deviation, RoundRows, round_rows
+from kimi_cpu.store.repack import convert
+from kimi_cpu.store.repack.convert import EXACT, Deviation, Kernels
 from kimi_cpu.store.repack.plan import Layout, Options, Piece, RowsJob
 from kimi_cpu.store.repack.progress import Done, Progress, sync_folder, write_atomically
 from kimi_cpu.store.repack.source import Header, Source, shard_names
@@ -215,7 +216,7 @@ def repack(
     shards: Shards | None = None,
     threads: int | None = None,
     on_bytes: OnBytes = lambda n_bytes: None,
-    round_rows: RoundRows = round_rows,
+    kernels: Kernels = convert,
 ) -> Report:
     """Carry out a plan, from where it was left off if it was interrupted.
 
@@ -223,7 +224,7 @@ def repack(
         shards: where they come from; local ones that stay by default.
         threads: how many; they read, compute and write.
         on_bytes: told as the work proceeds.
-        round_rows: rounds dense weights; `kernels.rounding` has a faster one.
+        kernels: what computes; `kernels.repacking` is faster.
 
     Raises:
         CheckpointError: the source is damaged (found while reading it).
@@ -239,9 +240,7 @@ def repack(
     progress = plan.progress
     try:
         progress.begin(_state(plan.layout), plan.layout.source.headers)
-        workers = Workers(
-            plan.layout, progress.folder, threads or default_threads(), True, round_rows
-        )
+        workers = Workers(plan.layout, progress.folder, threads or default_threads(), True, kernels)
         _write_pieces(plan, shards, workers, on_bytes)
         manifest = _complete(plan)
         progress.publish()

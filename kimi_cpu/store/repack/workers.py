@@ -13,7 +13,8 @@ from typing import Self, TypeVar
 from isal.isal_zlib import crc32
 
 from kimi_cpu import hardware
-from kimi_cpu.store.repack.convert import RoundRows, round_rows
+from kimi_cpu.store.repack import convert
+from kimi_cpu.store.repack.convert import Kernels
 from kimi_cpu.store.repack.files import Files, Scratch, TensorReader
 from kimi_cpu.store.repack.make import check_piece, make_piece
 from kimi_cpu.store.repack.plan import Layout, Piece, worker_bytes
@@ -85,7 +86,7 @@ class Workers:
         folder: the folder that holds, or will hold, the packed checkpoint.
         threads: how many.
         write: whether pieces are written, not only read.
-        round_rows: rounds dense weights.
+        kernels: what computes the bytes to write.
     """
 
     def __init__(
@@ -94,12 +95,12 @@ class Workers:
         folder: Path,
         threads: int,
         write: bool,
-        round_rows: RoundRows = round_rows,
+        kernels: Kernels = convert,
     ) -> None:
         self._layout = layout
         self._folder = folder
         self._write = write
-        self._round_rows = round_rows
+        self._kernels = kernels
         self._local = threading.local()
         self._all: list[_Worker] = []
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="repack")
@@ -144,7 +145,7 @@ class Workers:
     def _make(self, piece: Piece) -> Done:
         worker = self._worker()
         data, deviation = make_piece(
-            self._layout, piece, worker.reader, worker.scratch, self._round_rows
+            self._layout, piece, worker.reader, worker.scratch, self._kernels
         )
         worker.target.write(self._folder / piece.file, piece.offset, data)
         return Done(piece.file, piece.offset, piece.length, crc32(data.data), deviation)

@@ -1,12 +1,12 @@
-"""Rounding in one pass gives the bits that NumPy gives."""
+"""Rounding in one pass, and packing with vectors, give the bits that NumPy gives."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from kimi_cpu.kernels.rounding import round_rows
-from kimi_cpu.quant import F32, U16, f32_to_bf16, packed_shape
+from kimi_cpu.kernels.repacking import pack_int4, round_rows
+from kimi_cpu.quant import F32, U16, Int4Weight, f32_to_bf16, packed_shape
 from kimi_cpu.store.repack import convert
 
 SHAPES = [(16, 64), (32, 128), (16, 96), (20, 64), (33, 32), (1, 32), (48, 7168), (272, 2048)]
@@ -63,3 +63,23 @@ def test_blocks_that_do_not_fit() -> None:
         round_rows(w[:, :48], 8, np.empty((1, 1, 1088), dtype=np.uint8))
     with pytest.raises(ValueError, match="contiguous"):
         round_rows(w, 8, np.empty((1, 1, 2176), dtype=np.uint8)[:, :, ::2])
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_packing_is_the_reference_to_the_bit(shape: tuple[int, int]) -> None:
+    rng = np.random.default_rng(shape[1])
+    rows, columns = shape
+    values = rng.integers(0, 256, (rows, columns), dtype=np.uint8)[:, ::2]
+    scale = rng.integers(0, 1 << 16, (rows, columns // 32), dtype=np.uint16)
+    weight = Int4Weight(values, scale)
+    right = np.full(packed_shape(rows, columns, 4), 1, dtype=np.uint8)
+    memory = np.full(right.size + 164, 2, dtype=np.uint8)
+    out = memory[100 : 100 + right.size].reshape(right.shape)
+    convert.pack_int4(weight, right)
+    pack_int4(weight, out)
+    assert np.array_equal(out, right)
+    assert np.all(memory[:100] == 2) and np.all(memory[-64:] == 2)
+    with pytest.raises(ValueError, match="are no 4-bit weight"):
+        pack_int4(weight, out[:, :-1])
+    with pytest.raises(ValueError, match="contiguous"):
+        pack_int4(weight, np.empty((*out.shape[:2], 1152), dtype=np.uint8)[:, :, ::2])

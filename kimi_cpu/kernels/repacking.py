@@ -1,8 +1,9 @@
-"""Rounding dense weights into the packed layout in one pass (`quant.PackedWeight` defines it).
+"""What repacking computes, straight into the packed layout (`quant.PackedWeight` defines it).
 
-The same numbers to the bit as `store.repack.convert.round_rows`, its plain NumPy reference, 3 to 4
-times as fast: a group of 32 weights stays in registers from its largest element to its bytes
-in the block and its share of the deviation.
+The same numbers to the bit as the functions of `store.repack.convert`, their plain NumPy
+references. Rounding is 3 to 4 times as fast: a group of 32 weights stays in registers from its
+largest element to its bytes in the block and its share of the deviation. Packing INT4 weights, 3 to
+7 times: they are turned as for products of many tokens, with vectors.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import numpy as np
 from llvmlite import ir
 from numba.core import types
 
+from kimi_cpu.kernels.gemm import fill_blocks
 from kimi_cpu.kernels.isa import jit
 from kimi_cpu.kernels.simd import (
     FLOAT,
@@ -34,13 +36,19 @@ from kimi_cpu.quant import (
     GROUP_SIZE,
     U8,
     U16,
+    Int4Weight,
     block_bytes,
+    pack,
     packed_shape,
 )
 
 _F64x16 = vec(ir.DoubleType())
 #: What the sums of a call lie in: 16 lanes of float64 each for errors and weights, 16 float32.
 _SQUARES_AT, _MAX_AT, _SUMS_BYTES = 128, 256, 320
+
+
+#: `fill_blocks` writes the scales of so many columns, whether they are there or not.
+_COLUMNS_AT_ONCE = LANES * GROUP_SIZE
 
 
 @literal_intrinsic
@@ -178,6 +186,38 @@ def round_rows(w: U16 | F32, bits: int, out: U8) -> tuple[float, float, float]:
     )  # fmt: skip
     squares = sums[:_MAX_AT].view(np.float64).reshape(2, LANES).sum(axis=1)
     return float(squares[0]), float(squares[1]), float(sums[_MAX_AT:].view(np.float32).max())
+
+
+@jit
+def _pack_rows(w, scale, n_rows, columns, out, block_row_bytes):  # type: ignore[no-untyped-def]
+    """Whole blocks of published INT4 [n_rows, columns] at these addresses."""
+    row_bytes = columns // 2
+    for row in range(0, n_rows, BLOCK_ROWS):
+        fill_blocks(
+            out, w, scale, row_bytes, row, row + BLOCK_ROWS - 1, columns // GROUP_SIZE,
+            w + (row + BLOCK_ROWS) * row_bytes,
+        )  # fmt: skip
+        out += block_row_bytes
+
+
+def pack_int4(weight: Int4Weight, out: U8) -> None:
+    """Write published INT4 into `out`, exactly. Several Python threads may do that at once.
+
+    Args:
+        out: uint8 [ceil(n / 16), ceil(in / 64), 576], C-contiguous.
+    """
+    rows, columns = weight.shape
+    if out.shape != packed_shape(rows, columns, 4):
+        raise ValueError(f"blocks of shape {out.shape} are no 4-bit weight {weight.shape}")
+    if not out.flags.c_contiguous or not out.flags.writeable:
+        raise ValueError("the blocks must be writable and contiguous")
+    if rows % BLOCK_ROWS or columns % _COLUMNS_AT_ONCE:  # of no expert of Kimi K2
+        pack(weight, out)
+        return
+    values, scale = np.ascontiguousarray(weight.packed), np.ascontiguousarray(weight.scale)
+    _pack_rows(
+        values.ctypes.data, scale.ctypes.data, rows, columns, out.ctypes.data, out.strides[0]
+    )
 
 
 def _fill_empty(blocks: U8, bits: int) -> None:
