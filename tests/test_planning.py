@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kimi_cpu import hardware
 from kimi_cpu.errors import UsageError
 from kimi_cpu.planning import machine as measuring
 from kimi_cpu.planning import plan as planning
@@ -29,7 +30,7 @@ from kimi_cpu.planning.shape import (
     shape_of_config,
 )
 from kimi_cpu.store.checkpoint import Checkpoint
-from kimi_cpu.store.experts.budget import make_budget
+from kimi_cpu.store.experts.budget import default_memory, make_budget
 from kimi_cpu.store.experts.policy import Frequency
 from kimi_cpu.store.experts.simulation import Recorder, read_trace, simulate, zipf_trace
 from kimi_cpu.store.repack import Options, plan_repack, repack
@@ -53,6 +54,12 @@ def machine(dram: float = 40e9, disk: float | None = 2e9, gemm: float = 400e9) -
 def k2() -> dict[str, Shape]:
     config = known_config("k2-thinking")
     return {form: shape_of_config(config, form) for form in ("published", "packed")}  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("available", "used"), [(5 << 30, 4.5), (10 << 30, 9), (128 << 30, 127)])
+def test_a_tenth_is_left_to_others_and_no_more_than_one_gb(monkeypatch, available, used) -> None:
+    monkeypatch.setattr(hardware, "available_ram_bytes", lambda: available)
+    assert default_memory() == used * (1 << 30)
 
 
 def test_k2_is_what_its_files_are(k2) -> None:
