@@ -40,10 +40,10 @@ class Scratch:
         self._memory = memory[start : start + n_bytes]
         self._used = 0
 
-    def take(self, n_bytes: int) -> U8:
-        """uint8 [n_bytes], page-aligned; valid until `clear`."""
-        begin = self._used
-        self._used += -(-n_bytes // ALIGN) * ALIGN
+    def take(self, n_bytes: int, lead: int = 0) -> U8:
+        """uint8 [n_bytes], `lead` bytes behind the begin of a page; valid until `clear`."""
+        begin = self._used + lead
+        self._used += -(-(lead + n_bytes) // ALIGN) * ALIGN
         if self._used > len(self._memory):
             raise MemoryError(f"{n_bytes} bytes asked of a scratch memory that is used up")
         return self._memory[begin : begin + n_bytes]
@@ -76,9 +76,20 @@ class _File:
         return done
 
     def write(self, offset: int, data: U8) -> None:
-        """Write all of `data`."""
-        aligned = (offset | len(data) | data.ctypes.data) % ALIGN == 0
-        fd = self._direct if self._direct is not None and aligned else self._cached
+        """Write all of `data`: whole blocks past the page cache if its memory lies as the file."""
+        if self._direct is None or (offset - data.ctypes.data) % ALIGN:
+            self._write_by(self._cached, offset, data)
+            return
+        head = min(-offset % ALIGN, len(data))
+        whole = (len(data) - head) // ALIGN * ALIGN
+        for fd, begin, end in (
+            (self._cached, 0, head),
+            (self._direct, head, head + whole),
+            (self._cached, head + whole, len(data)),
+        ):
+            self._write_by(fd, offset + begin, data[begin:end])
+
+    def _write_by(self, fd: int, offset: int, data: U8) -> None:
         done = 0
         while done < len(data):
             n = _write_at(fd, data.data[done:], offset + done)

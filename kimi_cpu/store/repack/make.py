@@ -23,6 +23,7 @@ from kimi_cpu.quant import (
     quantize_int8,
     unpack,
 )
+from kimi_cpu.store.direct import ALIGN
 from kimi_cpu.store.layout import PROJECTIONS
 from kimi_cpu.store.repack.convert import EXACT, Deviation, Kernels, measure
 from kimi_cpu.store.repack.files import Scratch, TensorReader
@@ -49,7 +50,7 @@ def make_piece(
     job = piece.job
     if isinstance(job, BytesJob):
         return np.frombuffer(job.data, dtype=np.uint8), EXACT
-    out = scratch.take(piece.length)
+    out = scratch.take(piece.length, lead=piece.offset % ALIGN)  # so that it goes to disk directly
     if isinstance(job, ExpertJob):
         for target, weight in zip(layout.records.weights(out), _expert(reader, job), strict=True):
             kernels.pack_int4(weight, target.blocks)
