@@ -185,6 +185,24 @@ def test_the_kernels_make_the_same_files(
     assert contents(tmp_path / "packed") == expected
 
 
+@pytest.mark.parametrize("fits", [True, False])
+def test_writes_begin_and_end_anywhere(tmp_path: Path, fits: bool) -> None:
+    """Whole blocks go past the page cache, ends through it: neither spoils its neighbours."""
+    path, rng = tmp_path / "file", np.random.default_rng(0)
+    path.write_bytes(bytes(1 << 18))
+    right, scratch, files = bytearray(1 << 18), Scratch(1 << 18), Files(write=True)
+    for _ in range(200):
+        offset, length = (int(n) for n in rng.integers(0, 1 << 17, 2))
+        offset, length = (offset // 4096 * 4096, length) if rng.random() < 0.3 else (offset, length)
+        scratch.clear()
+        data = scratch.take(length, lead=(offset + (not fits)) % 4096)
+        data[:] = rng.integers(0, 256, length, dtype=np.uint8)
+        files.write(path, offset, data)
+        right[offset : offset + length] = data.tobytes()
+    files.close()
+    assert path.read_bytes() == bytes(right)
+
+
 def test_verify_proves_it_and_measures_rounding(source: Path, tmp_path: Path) -> None:
     for form, least, most in (("int8", 0.003, 0.008), ("int4", 0.05, 0.15), ("bf16", 0, 0)):
         target = tmp_path / form
