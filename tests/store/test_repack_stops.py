@@ -231,7 +231,7 @@ def test_full_disk(
         error = fails(UserError, "no space left to write", lambda: repack(plan, threads=1))
         assert "goes on from there" in error.hint and error.exit_code == 1
     plan = plan_repack(source, target, OPTIONS)
-    assert len(plan.progress.done) == after
+    assert after // 3 <= len(plan.progress.done) <= after  # a piece is up to three writes
     repack(plan)
     assert contents(target) == expected
 
