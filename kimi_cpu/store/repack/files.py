@@ -8,6 +8,7 @@ systems that cannot do it, take the ordinary way.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -92,7 +93,14 @@ class _File:
     def _write_by(self, fd: int, offset: int, data: U8) -> None:
         done = 0
         while done < len(data):
-            n = _write_at(fd, data.data[done:], offset + done)
+            try:
+                n = _write_at(fd, data.data[done:], offset + done)
+            except OSError as exc:
+                # A limit within a block, or a file system that cannot do this one directly.
+                if exc.errno != errno.EINVAL or fd == self._cached:
+                    raise
+                fd = self._cached
+                continue
             done += n
             if n % ALIGN:
                 fd = self._cached
