@@ -117,7 +117,7 @@ def emit_four_rows(
             sums = e.load(vec(I32, 4), at, PACK_SUMS + 16 * block)
             start = e.shuffle(sums, sums, [lane // 4 for lane in range(LANES)])
             zero = const(I32x16, 0)
-            dots = [e.dot_u4_s8(zero, low, even, high, odd) for low, high in weights]
+            dots = [e.dot_u4_s8([zero], [pair], [[(even, odd)]])[0] for pair in weights]
             exact = e.b.sitofp(e.b.add(_sum_fours(e, dots), start), F32x16)
             scaled = e.b.fmul(exact, w_scale)
             for q in range(4):

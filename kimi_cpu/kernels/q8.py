@@ -37,7 +37,9 @@ from kimi_cpu.kernels.simd import (
 from kimi_cpu.quant import BLOCK_COLUMNS, block_bytes
 
 #: Tokens of a tile: the int32 and the float32 sums must fit the registers.
-TILES = {"avx512vnni": (1, 2, 3, 4, 6, 8), "avxvnni": (1, 2, 3, 4)}.get(VARIANT, (1, 2))
+TILES = {"avx512vnni": (1, 2, 3, 4, 6, 8), "avxvnni": (1, 2, 3, 4), "avx2": (1, 2, 3)}.get(
+    VARIANT, (1, 2)
+)
 #: Tokens of a tile of four published rows, which are read side by side; of more tokens, 16 rows
 #: are turned.
 FOUR_ROWS_TOKENS = 2
@@ -186,15 +188,17 @@ def _emit_tile(
                 sums = [start_sums(e, s) for s in sums]
             evens = [e.load_fours(e.add(at, q_offset), 16 * group) for at in x]
             odds = [e.load_fours(e.add(at, q_offset), 16 * group + 64) for at in x]
+            activations = [list(zip(*both, strict=True)) for both in zip(evens, odds, strict=True)]
             for v, slots in enumerate(acc):
-                total = list(sums)
-                for j, (low, high) in enumerate(weights.pairs(v, group)):
-                    for c in range(len(x)):
-                        even, odd = evens[c][j], odds[c][j]
-                        if weights.bits == 8:
-                            total[c] = e.dot_s8(e.dot_s8(total[c], low, even), high, odd)
-                        else:
-                            total[c] = e.dot_u4_s8(total[c], low, even, high, odd)
+                pairs = weights.pairs(v, group)
+                if weights.bits == 4:
+                    total = e.dot_u4_s8(sums, pairs, activations)
+                else:
+                    total = list(sums)
+                    for j, pair in enumerate(pairs):
+                        for parity, w in enumerate(pair):
+                            for c, of_token in enumerate(activations):
+                                total[c] = e.dot_s8(total[c], w, of_token[j][parity])
                 w_scale = weights.scale(v, group)
                 for c, at in enumerate(x):
                     scaled = b.fmul(b.sitofp(total[c], F32x16), w_scale)

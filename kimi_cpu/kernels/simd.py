@@ -121,7 +121,13 @@ class Emit:
         self.b.store(value, self.b.inttoptr(addr, POINTER), align=1)
 
     def prefetch(self, addr: Any, ahead: int) -> None:
-        """Ask for the cache line `ahead` bytes further on; harmless outside any mapping."""
+        """Ask for the cache line `ahead` bytes further on; harmless outside any mapping.
+
+        Not on machines that have AVX2 and nothing newer: Zen 3 reads streams of its own accord,
+        and half as fast if it is asked to (`bench/LOG.md`, 2026-11-29).
+        """
+        if VARIANT == "avx2":
+            return
         self.call("llvm.prefetch.p0", ir.VoidType(), [
             self.b.inttoptr(self.add(addr, ahead), POINTER),
             const(I32, 0), const(I32, 2), const(I32, 1),
@@ -329,27 +335,52 @@ class Emit:
 
     # Integer dot products
 
-    def dot_u4_s8(self, total: Any, low: Any, even: Any, high: Any, odd: Any) -> Any:
-        """total + dot(low, even) + dot(high, odd), four products to a lane.
+    def dot_u4_s8(
+        self, totals: Sequence[Any], weights: Sequence[tuple[Any, Any]],
+        activations: Sequence[Sequence[tuple[Any, Any]]],
+    ) -> list[Any]:  # fmt: skip
+        """totals[c] + the dot products of the weights with activations[c], in each of 16 lanes.
 
-        total <16 x i32>; low, high <64 x i8> unsigned up to 15; even, odd <64 x i8> signed.
+        totals: <16 x i32>. weights: up to four pairs (low, high) of <64 x i8>, unsigned up to 15;
+        activations[c]: as many (even, odd), <64 x i8>, signed. A lane sums four products of each.
         """
         if _DOT:
-            return self._dot(self._dot(total, low, even), high, odd)
-        if VARIANT == "avx2":
-            # At most 4 * 15 * 127 = 7620: no 16-bit overflow
-            def products(low: Any, even: Any, high: Any, odd: Any) -> Any:
-                return self._sum_pairs(
-                    self.b.add(self._multiply_pairs(low, even), self._multiply_pairs(high, odd))
-                )
+            totals = list(totals)
+            for j, pair in enumerate(weights):
+                for c, x in enumerate(activations):
+                    for w, v in zip(pair, x[j], strict=True):
+                        totals[c] = self._dot(totals[c], w, v)
+            return totals
+        # 16-bit sums of all, at most 8 * 2 * 15 * 127 = 30480, before they become 32-bit ones
+        is_avx2 = VARIANT == "avx2"
+        parts = [range(32), range(32, 64)] if is_avx2 else [range(64)]
+        sums: list[list[Any]] = [[None] * len(parts) for _ in totals]
+        for j, pair in enumerate(weights):
+            for parity in range(2):
+                w = [self.shuffle(pair[parity], pair[parity], part) for part in parts]
+                for c, x in enumerate(activations):
+                    v = x[j][parity]
+                    for i, part in enumerate(parts):
+                        products = self._multiply_16(w[i], self.shuffle(v, v, part))
+                        before = sums[c][i]
+                        sums[c][i] = products if before is None else self.b.add(before, products)
+        if not is_avx2:
+            return [
+                self._add_fours(total, mine[0]) for total, mine in zip(totals, sums, strict=True)
+            ]
+        return [
+            self.b.add(
+                total, self.shuffle(self._sum_pairs(low), self._sum_pairs(high), range(LANES))
+            )
+            for total, (low, high) in zip(totals, sums, strict=True)
+        ]
 
-            return self.b.add(total, self._by_registers(8, products, low, even, high, odd))
-        wide = vec(I16, 64)
-        products16 = self.b.add(
-            self.b.mul(self.b.zext(low, wide), self.b.sext(even, wide)),
-            self.b.mul(self.b.zext(high, wide), self.b.sext(odd, wide)),
-        )
-        return self._add_fours(total, products16)
+    def _multiply_16(self, u: Any, s: Any) -> Any:
+        """Products of unsigned and signed bytes, <n x i16>; AVX2 has sums of two, half as many."""
+        if VARIANT == "avx2":
+            return self._multiply_pairs(u, s)
+        wide = vec(I16, u.type.count)
+        return self.b.mul(self.b.zext(u, wide), self.b.sext(s, wide))
 
     def dot_s8(self, total: Any, w: Any, x: Any) -> Any:
         """total <16 x i32> + four products a lane of w and x, <64 x i8>.
