@@ -100,6 +100,6 @@ def gemm_rows(  # type: ignore[no-untyped-def]
                 tokens = tile_of(p_stop - p)
                 rows_q8(
                     KIND_PACKED4, 1, tokens, x_part, x_stride, index, p, out + row * 4, out_stride,
-                    blocks, 0, columns, 0, rows, part,
+                    blocks, 0, columns, columns, 0, rows, part,
                 )  # fmt: skip
                 p += tokens

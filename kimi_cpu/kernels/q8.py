@@ -17,7 +17,13 @@ from typing import Any
 from numba.core import types
 
 from kimi_cpu.kernels.common import KIND_INT4, KIND_PACKED4, KIND_PACKED8
-from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_SCALES, PACK_SUMS, emit_four_rows
+from kimi_cpu.kernels.int4 import (
+    PACK_BYTES,
+    PACK_ELEMENTS,
+    PACK_SCALES,
+    PACK_SUMS,
+    emit_four_rows,
+)
 from kimi_cpu.kernels.isa import VARIANT, jit, standalone
 from kimi_cpu.kernels.packed import load_int8, start_sums
 from kimi_cpu.kernels.simd import (
@@ -46,8 +52,10 @@ FOUR_ROWS_TOKENS = 2
 #: Row blocks of packed weights that one token, and few, read side by side: more hide the memory's
 #: latency, fewer do not crowd the L1 cache.
 STREAMS, FEW_STREAMS, FEW_TOKENS = 4, 2, 2
-#: Rows whose weights stay in the L2 cache while all tokens pass by.
-ROW_BLOCK = 64
+#: Rows and columns (a multiple of PACK_ELEMENTS) whose weights stay in the L2 cache while all
+#: tokens pass by, and a tile's activations in the L1 cache meanwhile. Published rows stay whole.
+ROW_BLOCK, COLUMN_BLOCK = 64, 2048
+BLOCK4_BYTES, BLOCK8_BYTES = block_bytes(4), block_bytes(8)
 #: How far ahead memory is asked for: of packed weights by the number of streams, and of published
 #: rows that are read side by side.
 PREFETCH_BYTES, PREFETCH_ROW_BYTES = {4: 768, 2: 2304, 1: 4608}, 768
@@ -85,8 +93,8 @@ class _Weights:
     """
 
     def __init__(
-        self, e: Emit, kind: int, w: Any, scale: Any, d: Any, rows: list[Any], last: Any,
-        in_cache: bool,
+        self, e: Emit, kind: int, w: Any, scale: Any, d: Any, stored_d: Any, rows: list[Any],
+        last: Any, in_cache: bool,
     ) -> None:  # fmt: skip
         """rows: where the row vectors start; published rows past `last` repeat it."""
         self.e, self.kind, self.rows, self.in_cache = e, kind, rows, in_cache
@@ -104,7 +112,7 @@ class _Weights:
             self.bits, self.groups_a_turn = 4 if kind == KIND_PACKED4 else 8, 2
             self.size = block_bytes(self.bits)
             self.turns = b.lshr(e.add(d, BLOCK_COLUMNS - 1), e.i64(6))
-            block_row = e.mul(self.turns, self.size)
+            block_row = e.mul(b.lshr(e.add(stored_d, BLOCK_COLUMNS - 1), e.i64(6)), self.size)
             self.at = [e.add(w, e.mul(b.lshr(row, e.i64(4)), block_row)) for row in rows]
 
     def start(self, turn: Any) -> None:
@@ -156,15 +164,15 @@ def _streams(kind: int, tokens: int) -> int:
 
 
 def _emit_tile(
-    e: Emit, weights: _Weights, x: list[Any], out: list[Any], stop: Any, adds: Any
+    e: Emit, weights: _Weights, lanes: list[Any], x: list[Any], out: list[Any], adds: Any
 ) -> None:
-    """out[c][r] = w[r] . x[c] for the rows of the weights, from `stop` on none; addresses.
+    """out[c][r] = w[r] . x[c] for the rows of the weights, of each vector so many lanes; addresses.
 
     Sums start at what `out` holds, if `adds`, an i1.
     """
     b = e.b
     shift = 4 if weights.groups_a_turn == 1 else 3
-    masks = [e.lanes_below(b.sub(stop, row)) for row in weights.rows]
+    masks = [e.lanes_below(n) for n in lanes]
     places = [[e.add(at, e.mul(row, 4)) for at in out] for row in weights.rows]
     acc = [[e.variable(const(F32x16, 0.0)) for _ in x] for _ in weights.rows]
     for mask, at_row, slots in zip(masks, places, acc, strict=True):
@@ -212,11 +220,13 @@ def _emit_tile(
 @literal_intrinsic
 def rows_q8(
     typingctx: Any, kind: Any, cached: Any, tokens: Any, x: Any, x_stride: Any, index: Any, p: Any,
-    out: Any, out_stride: Any, w: Any, scale: Any, d: Any, start: Any, stop: Any, adds: Any,
+    out: Any, out_stride: Any, w: Any, scale: Any, d: Any, stored_d: Any, start: Any, stop: Any,
+    adds: Any,
 ) -> Any:  # fmt: skip
-    """out[p + c, r] = w[r] . x[index[p + c]], 0 <= c < tokens, start <= r < stop.
+    """out[p + c, r] = w[r] . x[index[p + c]] over d columns, 0 <= c < tokens, start <= r < stop.
 
-    Sums start at what `out` holds, if `adds` is not 0.
+    Rows of packed weights have stored_d columns, and w and x begin at the first of the d (a
+    multiple of PACK_ELEMENTS). Sums start at what `out` holds, if `adds` is not 0.
 
     kind and cached are literals, cached 1 for weights in the L1 cache, which need no streams and
     no prefetching; tokens is one of TILES, and may be a literal. x: packed activations; addresses
@@ -229,7 +239,8 @@ def rows_q8(
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         e, b = Emit(builder), builder
-        tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop, adds = args[2:]
+        tokens, x, x_stride, index, p, out, out_stride, w, scale = args[2:11]
+        d, stored_d, start, stop, adds = args[11:]
         adds = b.icmp_signed("!=", adds, e.i64(0))
         last = e.add(start, b.and_(b.sub(b.sub(stop, e.i64(1)), start), e.i64(-LANES)))
         blocks = e.add(b.lshr(b.sub(last, start), e.i64(4)), 1)
@@ -244,16 +255,19 @@ def rows_q8(
                 outs.append(e.add(out, e.mul(token, out_stride)))
             step = e.mul(b.udiv(e.add(blocks, n_streams - 1), e.i64(n_streams)), LANES)
             with e.loop(start, e.add(start, step), LANES) as row:
-                rows = [e.min(e.add(row, e.mul(step, v)), last) for v in range(n_streams)]
-                weights = _Weights(e, stored, w, scale, d, rows, b.sub(stop, e.i64(1)), in_cache)
-                _emit_tile(e, weights, xs, outs, stop, adds)
+                wanted = [e.add(row, e.mul(step, v)) for v in range(n_streams)]
+                lanes = [b.sub(stop, r) for r in wanted]  # past the last none: it comes elsewhere
+                rows = [e.min(r, last) for r in wanted]
+                last_row = b.sub(stop, e.i64(1))
+                weights = _Weights(e, stored, w, scale, d, stored_d, rows, last_row, in_cache)
+                _emit_tile(e, weights, lanes, xs, outs, adds)
 
         for size in sizes:
             with b.if_then(b.icmp_signed("==", tokens, e.i64(size))):
                 tiles(size)
         return context.get_dummy_value()
 
-    return types.void(kind, cached, tokens, *[types.int64] * 12), codegen
+    return types.void(kind, cached, tokens, *[types.int64] * 13), codegen
 
 
 @literal_intrinsic
@@ -316,38 +330,25 @@ def tile_of(n):  # type: ignore[no-untyped-def]
 
 @standalone
 def _tile_rows(  # type: ignore[no-untyped-def]
-    kind, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop
+    kind, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, stored_d, start, stop, adds
 ):
     if kind == KIND_PACKED4:
         rows_q8(
-            KIND_PACKED4, 0, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start,
-            stop, 0,
+            KIND_PACKED4, 0, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, stored_d,
+            start, stop, adds,
         )  # fmt: skip
     elif kind == KIND_PACKED8:
         rows_q8(
-            KIND_PACKED8, 0, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start,
-            stop, 0,
+            KIND_PACKED8, 0, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, stored_d,
+            start, stop, adds,
         )  # fmt: skip
     elif tokens <= FOUR_ROWS_TOKENS:
         _published_rows(tokens, x, x_stride, index, p, out, out_stride, w, scale, d, start, stop)
     else:
         rows_q8(
-            KIND_INT4,
-            0,
-            tokens,
-            x,
-            x_stride,
-            index,
-            p,
-            out,
-            out_stride,
-            w,
-            scale,
-            d,
-            start,
-            stop,
-            0,
-        )
+            KIND_INT4, 0, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, stored_d,
+            start, stop, adds,
+        )  # fmt: skip
 
 
 @jit
@@ -355,13 +356,20 @@ def few_rows(  # type: ignore[no-untyped-def]
     kind, x, x_stride, index, p_start, p_stop, out, out_stride, w, scale, d, start, stop
 ):
     """out[p, r] = x[index[p]] . w[r], p_start <= p < p_stop, start <= r < stop; as `rows_q8`."""
-    size = stop - start if p_stop - p_start <= TILES[-1] else ROW_BLOCK
-    for block in range(start, stop, size):
-        last = min(block + size, stop)
-        p = p_start
-        while p < p_stop:
-            tokens = tile_of(p_stop - p)
-            _tile_rows(
-                kind, tokens, x, x_stride, index, p, out, out_stride, w, scale, d, block, last
-            )
-            p += tokens
+    rows, columns = stop - start, d
+    if p_stop - p_start > TILES[-1]:
+        rows, columns = ROW_BLOCK, d if kind == KIND_INT4 else COLUMN_BLOCK
+    size = BLOCK8_BYTES if kind == KIND_PACKED8 else BLOCK4_BYTES
+    for block in range(start, stop, rows):
+        last = min(block + rows, stop)
+        for part in range(0, d, columns):
+            x_part = x + part // PACK_ELEMENTS * PACK_BYTES
+            w_part = w + part // BLOCK_COLUMNS * size
+            p = p_start
+            while p < p_stop:
+                tokens = tile_of(p_stop - p)
+                _tile_rows(
+                    kind, tokens, x_part, x_stride, index, p, out, out_stride, w_part, scale,
+                    min(columns, d - part), d, block, last, part,
+                )  # fmt: skip
+                p += tokens

@@ -201,7 +201,7 @@ class Code(NamedTuple):
 CODE = {
     "avx512vnni": Code("^vpdpbusd .*%zmm", 1, 8, "vpmaddubsw"),
     "avxvnni": Code("^{vex} vpdpbusd .*%ymm", 2, 4, r"zmm|vpmaddubsw|\n\tvpdpbusd"),
-    "avx2": Code("vpmaddubsw", 2, 2, "zmm|vpdpbusd"),
+    "avx2": Code("vpmaddubsw", 2, 3, "zmm|vpdpbusd"),
     "neon": Code("sdot v", 4, 2, r"smull|\bz\d+\."),
 }
 

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from kimi_cpu.kernels import fast, reference
 from kimi_cpu.kernels.attention_tile import HAS_BF16_DOT
-from kimi_cpu.kernels.linears import linear_bf16
+from kimi_cpu.kernels.linears import PackedQ8, linear_bf16
 from kimi_cpu.kernels.matmul import GEMM_TOKENS
+from kimi_cpu.kernels.q8 import COLUMN_BLOCK, TILES
 from kimi_cpu.quant import (
     GROUP_SIZE,
     Int4Weight,
@@ -89,6 +90,20 @@ def test_q8_any_shape(n, groups, rows, seed, kind):
     want = reference.linear_q8(reference.quantize_activations(x), w)
     terms = np.abs(x) @ np.abs(dequantize(w)).T  # their sum may cancel out, their rounding does not
     assert np.abs(got - want).max() <= 1e-6 * terms.max()
+
+
+@pytest.mark.parametrize("kind", ["packed4", "packed8"])
+@pytest.mark.parametrize("rows", [16, 40, 48, 100])
+def test_q8_in_blocks_of_columns_equals_one_pass(inputs, kind, rows):
+    """Many tokens pass over blocks of columns, and their sums wait in between; one token's not."""
+    n, d = 2 * TILES[-1] + 3, 2 * COLUMN_BLOCK + 96
+    x, w = fast.quantize_activations(inputs.f32(n, d)), inputs.weight(kind, rows, d)
+    together = fast.linear_q8(x, w)
+    for m in range(TILES[-1] + 1, n + 1):  # all sizes of the last tile
+        np.testing.assert_array_equal(fast.linear_q8(PackedQ8(x.data[:m], (m, d)), w), together[:m])
+    for t in range(n):
+        alone = fast.linear_q8(PackedQ8(x.data[t : t + 1], (1, d)), w)
+        np.testing.assert_array_equal(alone[0], together[t])
 
 
 @pytest.mark.parametrize("d", [32, 192, 512, 1120])
