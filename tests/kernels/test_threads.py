@@ -224,8 +224,8 @@ def test_workers_stay_awake_while_one_thread_computes():
         pool.run(count_rows, (address(seen),), (seen,), 64, 1, 2, cost=1 << 40)
         pool.run(turn, (address(out), 20_000_000), (out,), 1)
         pool.run(copy_first, (awake, address(out)), (out,), 1)
-    counts = []
-    for _ in range(20):
+    deadline = time.monotonic() + 20  # the other core may be lent to somebody else for a while
+    out[0] = 0
+    while out[0] == 0 and time.monotonic() < deadline:
         tape.play(threads=2)
-        counts.append(int(out[0]))
-    assert max(counts) >= 1
+    assert out[0] >= 1
