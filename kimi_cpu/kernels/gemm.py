@@ -1,8 +1,8 @@
 """Published INT4 weights times the int8 activations of many tokens.
 
-16 rows and PART columns are turned to the order of the packed layout, in the L1 cache, and all
-tokens pass over them with the kernel of packed weights (`q8.rows_q8`). Between parts the sums wait
-in `out`, so results are the same bit for bit as those of few tokens.
+16 rows and COLUMN_BLOCK columns (18 KB) are turned to the order of the packed layout, in the L1
+cache, and all tokens pass over them with the kernel of packed weights (`q8.rows_q8`). Between parts
+the sums wait in `out`, so results are the same bit for bit as those of few tokens.
 """
 
 from __future__ import annotations
@@ -14,21 +14,19 @@ from numba.core import types
 from kimi_cpu.kernels.common import KIND_PACKED4
 from kimi_cpu.kernels.int4 import PACK_BYTES, PACK_ELEMENTS
 from kimi_cpu.kernels.isa import standalone
-from kimi_cpu.kernels.q8 import rows_q8, rows_to_lanes, tile_of
+from kimi_cpu.kernels.q8 import COLUMN_BLOCK, rows_q8, rows_to_lanes, tile_of
 from kimi_cpu.kernels.simd import I16, LANES, Emit, I32x16, intrinsic, vec
 from kimi_cpu.quant import BLOCK_COLUMNS, block_bytes
 
-#: Columns that are turned at a time, a multiple of PACK_ELEMENTS: 18 KB.
-PART = 2048
 _SIZE = block_bytes(4)
 
 
 @intrinsic
 def _scratch(typingctx: Any) -> Any:
-    """Address of room for 16 rows of PART columns on the caller's stack."""
+    """Address of room for 16 rows of COLUMN_BLOCK columns on the caller's stack."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-        return Emit(builder).scratch(PART // BLOCK_COLUMNS * _SIZE)
+        return Emit(builder).scratch(COLUMN_BLOCK // BLOCK_COLUMNS * _SIZE)
 
     return types.int64(), codegen
 
@@ -88,8 +86,8 @@ def gemm_rows(  # type: ignore[no-untyped-def]
     for row in range(start, stop, LANES):
         rows = min(LANES, stop - row)
         next_rows = w + (row + LANES) * (d // 2)
-        for part in range(0, d, PART):
-            columns = min(PART, d - part)
+        for part in range(0, d, COLUMN_BLOCK):
+            columns = min(COLUMN_BLOCK, d - part)
             fill_blocks(
                 blocks, w + part // 2, scale + part // 16, d // 2, row, row + rows - 1,
                 columns // 32, next_rows + part // 2 * LANES,

@@ -1,4 +1,6 @@
-"""Quantised weights times the int8 activations of few tokens, straight from where they are stored.
+"""Quantised weights times int8 activations, straight from where they are stored.
+
+Packed weights times those of any number of tokens, published ones times those of few (see `gemm`).
 
 16 rows lie in the lanes: of packed weights a 64-byte vector has 4 bytes of each, of published ones
 the 16 bytes of a group of 32 columns are turned to that order in registers, 16 rows at a time. So
@@ -55,7 +57,7 @@ STREAMS, FEW_STREAMS, FEW_TOKENS = 4, 2, 2
 #: Rows and columns (a multiple of PACK_ELEMENTS) whose weights stay in the L2 cache while all
 #: tokens pass by, and a tile's activations in the L1 cache meanwhile. Published rows stay whole.
 ROW_BLOCK, COLUMN_BLOCK = 64, 2048
-BLOCK4_BYTES, BLOCK8_BYTES = block_bytes(4), block_bytes(8)
+_BLOCK4_BYTES, _BLOCK8_BYTES = block_bytes(4), block_bytes(8)
 #: How far ahead memory is asked for: of packed weights by the number of streams, and of published
 #: rows that are read side by side.
 PREFETCH_BYTES, PREFETCH_ROW_BYTES = {4: 768, 2: 2304, 1: 4608}, 768
@@ -198,15 +200,8 @@ def _emit_tile(
             odds = [e.load_fours(e.add(at, q_offset), 16 * group + 64) for at in x]
             activations = [list(zip(*both, strict=True)) for both in zip(evens, odds, strict=True)]
             for v, slots in enumerate(acc):
-                pairs = weights.pairs(v, group)
-                if weights.bits == 4:
-                    total = e.dot_u4_s8(sums, pairs, activations)
-                else:
-                    total = list(sums)
-                    for j, pair in enumerate(pairs):
-                        for parity, w in enumerate(pair):
-                            for c, of_token in enumerate(activations):
-                                total[c] = e.dot_s8(total[c], w, of_token[j][parity])
+                dot = e.dot_u4_s8 if weights.bits == 4 else e.dot_s8
+                total = dot(sums, weights.pairs(v, group), activations)
                 w_scale = weights.scale(v, group)
                 for c, at in enumerate(x):
                     scaled = b.fmul(b.sitofp(total[c], F32x16), w_scale)
@@ -359,7 +354,7 @@ def few_rows(  # type: ignore[no-untyped-def]
     rows, columns = stop - start, d
     if p_stop - p_start > TILES[-1]:
         rows, columns = ROW_BLOCK, d if kind == KIND_INT4 else COLUMN_BLOCK
-    size = BLOCK8_BYTES if kind == KIND_PACKED8 else BLOCK4_BYTES
+    size = _BLOCK8_BYTES if kind == KIND_PACKED8 else _BLOCK4_BYTES
     for block in range(start, stop, rows):
         last = min(block + rows, stop)
         for part in range(0, d, columns):

@@ -345,12 +345,7 @@ class Emit:
         activations[c]: as many (even, odd), <64 x i8>, signed. A lane sums four products of each.
         """
         if _DOT:
-            totals = list(totals)
-            for j, pair in enumerate(weights):
-                for c, x in enumerate(activations):
-                    for w, v in zip(pair, x[j], strict=True):
-                        totals[c] = self._dot(totals[c], w, v)
-            return totals
+            return self._add_dots(self._dot, totals, weights, activations)
         # 16-bit sums of all, at most 8 * 2 * 15 * 127 = 30480, before they become 32-bit ones
         is_avx2 = VARIANT == "avx2"
         parts = [range(32), range(32, 64)] if is_avx2 else [range(64)]
@@ -382,13 +377,31 @@ class Emit:
         wide = vec(I16, u.type.count)
         return self.b.mul(self.b.zext(u, wide), self.b.sext(s, wide))
 
-    def dot_s8(self, total: Any, w: Any, x: Any) -> Any:
-        """total <16 x i32> + four products a lane of w and x, <64 x i8>.
+    def dot_s8(
+        self, totals: Sequence[Any], weights: Sequence[tuple[Any, Any]],
+        activations: Sequence[Sequence[tuple[Any, Any]]],
+    ) -> list[Any]:  # fmt: skip
+        """As `dot_u4_s8` for weights that are signed, or unsigned if UNSIGNED_DOT.
 
-        x is signed and not -128; w is signed, or unsigned if UNSIGNED_DOT.
+        Activations are not -128.
         """
-        if _DOT:
-            return self._dot(total, w, x)
+        return self._add_dots(self._dot if _DOT else self._dot_s8, totals, weights, activations)
+
+    @staticmethod
+    def _add_dots(
+        dot: Callable[[Any, Any, Any], Any], totals: Sequence[Any],
+        weights: Sequence[tuple[Any, Any]], activations: Sequence[Sequence[tuple[Any, Any]]],
+    ) -> list[Any]:  # fmt: skip
+        """totals[c] + dot of each of the weights and its own of activations[c]."""
+        totals = list(totals)
+        for j, pair in enumerate(weights):
+            for c, x in enumerate(activations):
+                for w, v in zip(pair, x[j], strict=True):
+                    totals[c] = dot(totals[c], w, v)
+        return totals
+
+    def _dot_s8(self, total: Any, w: Any, x: Any) -> Any:
+        """total + four products a lane of signed bytes, where the machine has no instruction."""
         if VARIANT == "avx2":
 
             def products(w: Any, x: Any) -> Any:
